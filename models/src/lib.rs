@@ -1,0 +1,2 @@
+//! Software PCI devices behind a vfio-user server.
+#![forbid(unsafe_code)]

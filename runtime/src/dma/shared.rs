@@ -1,0 +1,291 @@
+//! Memory that somebody else may write at any time: our own memfds that a device sees, and a peer's that we map.
+//!
+//! No reference to such memory is ever made. Small values are volatile or atomic accesses, bulk data is copied by code that
+//! the compiler can't look into.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use rustix::{fs, mm};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+use crate::{Error, Result};
+
+/// Page size that is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HugePages {
+    /// The base page size: works everywhere.
+    #[default]
+    No,
+    /// 2 MiB pages, from the pool of `vm.nr_hugepages`.
+    Size2M,
+    /// 1 GiB pages.
+    Size1G,
+}
+
+impl HugePages {
+    /// Bytes of a page; a mapping's length is a multiple of it.
+    pub fn page_size(self) -> usize {
+        match self {
+            Self::No => rustix::param::page_size(),
+            Self::Size2M => 2 << 20,
+            Self::Size1G => 1 << 30,
+        }
+    }
+}
+
+/// A shared mapping of a file descriptor.
+#[derive(Debug)]
+pub struct SharedMemory {
+    ptr: NonNull<u8>,
+    len: usize,
+    writable: bool,
+}
+
+// SAFETY: the mapping is plain memory of the process, reachable from every thread; all accesses are volatile or atomic.
+unsafe impl Send for SharedMemory {}
+// SAFETY: as above; concurrent accesses are what this type is for.
+unsafe impl Sync for SharedMemory {}
+
+/// An access that does not lie inside of the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("access of {len} bytes at {offset:#x} is outside of the memory of {size:#x} bytes, misaligned, or not permitted")]
+pub struct OutOfBounds {
+    /// Offset of the access.
+    pub offset: u64,
+    /// Bytes of the access.
+    pub len: usize,
+    /// Bytes of the memory.
+    pub size: usize,
+}
+
+impl SharedMemory {
+    /// Maps `len` bytes at `offset` of `fd`, for reading and, where `writable`, for writing. A file that ends before that is
+    /// refused.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a range beyond the file or of no bytes, [`Error::Io`] when the kernel refuses.
+    pub fn map(fd: impl AsFd, offset: u64, len: usize, writable: bool) -> Result<Self> {
+        let fd = fd.as_fd();
+        let stat = fs::fstat(fd).map_err(|e| Error::io("fstat of shared memory", e))?;
+        let end = offset.checked_add(len as u64).filter(|&end| len != 0 && end <= isize::MAX as u64);
+        let end = end.ok_or_else(|| Error::invalid(format!("shared memory of {len} bytes at {offset:#x} is no range")))?;
+        if fs::FileType::from_raw_mode(stat.st_mode) == fs::FileType::RegularFile && end > stat.st_size as u64 {
+            return Err(Error::invalid(format!(
+                "shared memory {offset:#x}..{end:#x} is beyond the end of its file ({:#x} bytes)",
+                stat.st_size
+            )));
+        }
+        Self::map_unchecked(fd, offset, len, writable)
+    }
+
+    /// Makes a memfd of `len` bytes (a multiple of the page size), sealed against shrinking and growing, and maps it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with a remedy when memory or hugepages are short.
+    pub fn create(name: &str, len: usize, huge: HugePages) -> Result<(OwnedFd, Self)> {
+        if len == 0 || !len.is_multiple_of(huge.page_size()) {
+            return Err(Error::invalid(format!("{len} bytes is not a multiple of the page size {}", huge.page_size())));
+        }
+        let flags = fs::MemfdFlags::CLOEXEC | fs::MemfdFlags::ALLOW_SEALING;
+        let flags = match huge {
+            HugePages::No => flags,
+            HugePages::Size2M => flags | fs::MemfdFlags::HUGETLB | fs::MemfdFlags::HUGE_2MB,
+            HugePages::Size1G => flags | fs::MemfdFlags::HUGETLB | fs::MemfdFlags::HUGE_1GB,
+        };
+        let fd = fs::memfd_create(name, flags).map_err(|e| Error::io(format!("memfd_create of {len} bytes"), e))?;
+        fs::ftruncate(&fd, len as u64).map_err(|e| Error::io(format!("sizing a memfd to {len} bytes"), e))?;
+        let seals = fs::SealFlags::SHRINK | fs::SealFlags::GROW | fs::SealFlags::SEAL;
+        fs::fcntl_add_seals(&fd, seals).map_err(|e| Error::io("sealing a memfd", e))?;
+        let memory = Self::map_unchecked(fd.as_fd(), 0, len, true).map_err(|error| match huge {
+            HugePages::No => error,
+            _ => Error::Exhausted {
+                what: format!("{len} bytes of hugepages: {error}; raise vm.nr_hugepages or run without hugepages"),
+            },
+        })?;
+        Ok((fd, memory))
+    }
+
+    fn map_unchecked(fd: BorrowedFd<'_>, offset: u64, len: usize, writable: bool) -> Result<Self> {
+        let prot = if writable { mm::ProtFlags::READ | mm::ProtFlags::WRITE } else { mm::ProtFlags::READ };
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
+        let ptr = unsafe { mm::mmap(std::ptr::null_mut(), len, prot, mm::MapFlags::SHARED, fd, offset) }
+            .map_err(|e| Error::io(format!("mapping {len} bytes at {offset:#x}"), e))?;
+        // SAFETY: the range was mapped just now. A fork must not share DMA memory with its child.
+        let _ = unsafe { mm::madvise(ptr, len, mm::Advice::LinuxDontFork) };
+        Ok(Self { ptr: NonNull::new(ptr.cast()).expect("mmap never gives null"), len, writable })
+    }
+
+    /// Bytes of the mapping.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true: a mapping has at least a byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Start of the mapping, for the owner of a buffer in it.
+    pub(crate) fn as_ptr(&self) -> NonNull<u8> {
+        self.ptr
+    }
+
+    #[inline]
+    fn at(&self, offset: u64, len: usize, align: usize, write: bool) -> Result<*mut u8, OutOfBounds> {
+        let inside = offset <= self.len as u64 && len <= self.len - offset as usize;
+        if inside && offset as usize & (align - 1) == 0 && (self.writable || !write) {
+            // SAFETY: `offset` is within the mapping.
+            Ok(unsafe { self.ptr.as_ptr().add(offset as usize) })
+        } else {
+            Err(OutOfBounds { offset, len, size: self.len })
+        }
+    }
+
+    /// Copies `to.len()` bytes at `offset` out of the memory.
+    #[inline]
+    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), OutOfBounds> {
+        let from = self.at(offset, to.len(), 1, false)?;
+        // SAFETY: both sides are valid for the length; `to` is a slice of ours, so they don't overlap.
+        unsafe { copy(from, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    /// Copies `from` to `offset` of the memory.
+    #[inline]
+    pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), OutOfBounds> {
+        let to = self.at(offset, from.len(), 1, true)?;
+        // SAFETY: as in `read`.
+        unsafe { copy(from.as_ptr(), to, from.len()) };
+        Ok(())
+    }
+
+    /// Fills `len` bytes at `offset` with `byte`.
+    pub fn fill(&self, offset: u64, len: usize, byte: u8) -> Result<(), OutOfBounds> {
+        let to = self.at(offset, len, 1, true)?;
+        for i in 0..len {
+            // SAFETY: within the range that was checked.
+            unsafe { to.add(i).write_volatile(byte) };
+        }
+        Ok(())
+    }
+
+    /// Copies one value out of the memory: a snapshot that the peer can't change any more.
+    #[inline]
+    pub fn read_obj<T: FromBytes + IntoBytes>(&self, offset: u64) -> Result<T, OutOfBounds> {
+        let mut value = T::new_zeroed();
+        self.read(offset, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// Copies one value into the memory.
+    #[inline]
+    pub fn write_obj<T: IntoBytes + Immutable>(&self, offset: u64, value: &T) -> Result<(), OutOfBounds> {
+        self.write(offset, value.as_bytes())
+    }
+
+    /// Loads an aligned little-endian `u32`, with acquire order: what its writer stored before it is seen after it.
+    #[inline]
+    pub fn load_u32(&self, offset: u64) -> Result<u32, OutOfBounds> {
+        let at = self.at(offset, 4, 4, false)?;
+        // SAFETY: inside of the mapping and aligned; an atomic may be shared with any writer.
+        Ok(u32::from_le(unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Acquire)))
+    }
+
+    /// Stores an aligned little-endian `u32`, with release order: what was stored before it is seen by who loads it.
+    #[inline]
+    pub fn store_u32(&self, offset: u64, value: u32) -> Result<(), OutOfBounds> {
+        let at = self.at(offset, 4, 4, true)?;
+        // SAFETY: as in `load_u32`.
+        unsafe { AtomicU32::from_ptr(at.cast()) }.store(value.to_le(), Ordering::Release);
+        Ok(())
+    }
+
+    /// [`SharedMemory::load_u32`] for a `u64`.
+    #[inline]
+    pub fn load_u64(&self, offset: u64) -> Result<u64, OutOfBounds> {
+        let at = self.at(offset, 8, 8, false)?;
+        // SAFETY: as in `load_u32`.
+        Ok(u64::from_le(unsafe { AtomicU64::from_ptr(at.cast()) }.load(Ordering::Acquire)))
+    }
+
+    /// [`SharedMemory::store_u32`] for a `u64`.
+    #[inline]
+    pub fn store_u64(&self, offset: u64, value: u64) -> Result<(), OutOfBounds> {
+        let at = self.at(offset, 8, 8, true)?;
+        // SAFETY: as in `load_u32`.
+        unsafe { AtomicU64::from_ptr(at.cast()) }.store(value.to_le(), Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nobody can hold a pointer into it: accesses borrow `self`, buffers own it.
+        let _ = unsafe { mm::munmap(self.ptr.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Copies `len` bytes where one side may change under the copy. In assembly, so that no Rust access races it.
+///
+/// # Safety
+/// Both pointers are valid for `len` bytes and the ranges don't overlap.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller's promise; `rep movsb` touches just these bytes, and the direction flag is clear by the ABI.
+    unsafe {
+        std::arch::asm!("rep movsb", inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
+            options(nostack, preserves_flags));
+    }
+}
+
+/// Copies `len` bytes where one side may change under the copy, by volatile accesses.
+///
+/// # Safety
+/// Both pointers are valid for `len` bytes and the ranges don't overlap.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    let words = if (from as usize | to as usize) % 8 == 0 { len / 8 } else { 0 };
+    for i in 0..words {
+        // SAFETY: aligned, and within the caller's ranges.
+        unsafe { to.cast::<u64>().add(i).write_volatile(from.cast::<u64>().add(i).read_volatile()) };
+    }
+    for i in words * 8..len {
+        // SAFETY: within the caller's ranges.
+        unsafe { to.add(i).write_volatile(from.add(i).read_volatile()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_mappings_see_each_other() {
+        let (fd, one) = SharedMemory::create("test", 8192, HugePages::No).unwrap();
+        let two = SharedMemory::map(&fd, 4096, 4096, true).unwrap();
+        one.write(4096 + 100, b"hello").unwrap();
+        let mut got = [0; 5];
+        two.read(100, &mut got).unwrap();
+        assert_eq!(&got, b"hello");
+        two.store_u32(8, 0x1234_5678).unwrap();
+        assert_eq!(one.load_u32(4096 + 8), Ok(0x1234_5678));
+        assert_eq!(one.read_obj::<[u8; 4]>(4096 + 8), Ok([0x78, 0x56, 0x34, 0x12]));
+    }
+
+    #[test]
+    fn what_is_outside_is_refused() {
+        let (fd, memory) = SharedMemory::create("test", 4096, HugePages::No).unwrap();
+        assert!(memory.read(4095, &mut [0; 2]).is_err());
+        assert!(memory.read(u64::MAX, &mut [0; 2]).is_err());
+        assert!(memory.load_u32(2).is_err() && memory.load_u32(4096).is_err());
+        assert!(SharedMemory::map(&fd, 0, 4097, true).is_err());
+        assert!(SharedMemory::map(&fd, u64::MAX, 4096, true).is_err());
+        let read_only = SharedMemory::map(&fd, 0, 4096, false).unwrap();
+        assert!(read_only.write(0, &[1]).is_err());
+    }
+}

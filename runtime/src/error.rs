@@ -1,0 +1,105 @@
+//! The one error type of the runtime: each variant says what was wrong and what to do about it.
+
+use std::{io, sync::Arc, time::Duration};
+
+/// Why an operation of the runtime failed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A device address that can't be read.
+    #[error("{text:?} is not a device address: {reason}; write vfio-user:/path/to/socket")]
+    Address {
+        /// The text as given.
+        text: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A system call or a ring operation failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done, with its object.
+        what: String,
+        /// The error of the kernel.
+        source: Arc<io::Error>,
+    },
+    /// io_uring can't be used here.
+    #[error(
+        "io_uring is not available ({source}): it needs Linux 5.15 or newer, kernel.io_uring_disabled=0, and a sandbox that permits it"
+    )]
+    NoIoUring {
+        /// What `io_uring_setup` answered.
+        source: Arc<io::Error>,
+    },
+    /// An operation was started outside of a reactor.
+    #[error("{what} needs a reactor on this thread: call it inside Reactor::block_on")]
+    NoReactor {
+        /// The operation.
+        what: &'static str,
+    },
+    /// The peer broke the protocol; the connection or device is not used any further.
+    #[error("the device broke the protocol: {what}")]
+    DeviceFault {
+        /// The rule that was broken, with the offending value.
+        what: String,
+    },
+    /// The peer answered a command with an error.
+    #[error("the device refused {command}: {source}")]
+    Refused {
+        /// The command that was refused.
+        command: String,
+        /// The errno that the peer gave.
+        source: Arc<io::Error>,
+    },
+    /// No answer came in time.
+    #[error("{what} got no answer within {after:?}: the device stalls or its server is stopped")]
+    Timeout {
+        /// What was waited for.
+        what: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The device or the connection to it is gone.
+    #[error("the device is gone: {reason}")]
+    Gone {
+        /// What ended it.
+        reason: Arc<str>,
+    },
+    /// The device has no such thing, or can't do this.
+    #[error("the device does not support this: {what}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+    },
+    /// A caller's argument is out of range.
+    #[error("{what}")]
+    Invalid {
+        /// Which argument, its value and its limits.
+        what: String,
+    },
+    /// DMA memory or IOVA space ran out.
+    #[error("{what}")]
+    Exhausted {
+        /// Which resource, how much was asked for, and what would help.
+        what: String,
+    },
+}
+
+/// The runtime's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Wraps an I/O error with what was being done.
+    pub fn io(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Io { what: what.into(), source: Arc::new(source.into()) }
+    }
+
+    /// A broken rule of the protocol.
+    pub fn fault(what: impl Into<String>) -> Self {
+        Self::DeviceFault { what: what.into() }
+    }
+
+    /// An argument that is out of range.
+    pub fn invalid(what: impl Into<String>) -> Self {
+        Self::Invalid { what: what.into() }
+    }
+}

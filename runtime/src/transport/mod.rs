@@ -1,0 +1,3 @@
+//! How a device is reached.
+
+pub mod user;

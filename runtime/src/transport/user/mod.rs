@@ -1,0 +1,3 @@
+//! vfio-user: a PCI device served by another process (or thread) over a Unix socket.
+
+pub mod wire;

@@ -1,0 +1,3 @@
+//! The command `vfio-uring`.
+
+fn main() {}
