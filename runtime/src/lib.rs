@@ -7,6 +7,7 @@
 
 pub mod dma;
 pub mod error;
+pub mod reactor;
 pub mod transport;
 
 pub use error::{Error, Result};

@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::{fs, mm};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::{Error, Result};
 

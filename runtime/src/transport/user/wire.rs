@@ -146,7 +146,7 @@ impl Header {
     /// The errno of an error reply; an error without a number counts as `EIO`.
     pub fn error(&self) -> Option<i32> {
         let errno = self.error.get();
-        (self.flags.get() & flags::ERROR != 0).then(|| match errno {
+        (self.flags.get() & flags::ERROR != 0).then_some(match errno {
             1..=4095 => errno as i32,
             _ => 5,
         })

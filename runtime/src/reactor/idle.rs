@@ -1,0 +1,142 @@
+//! Waiting: spin while it pays, then give the core away, then sleep in the kernel.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{Local, poller::Standby};
+
+/// How a reactor waits when nothing is ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Idle {
+    /// Poll on: the shortest latency, and a whole core. On a machine with one core it yields between looks.
+    Spin,
+    /// Arm the interrupts and sleep at once. What has no interrupt is looked at between short naps.
+    Park,
+    /// Spin for as long as that has paid of late, then arm and sleep.
+    #[default]
+    Hybrid,
+}
+
+/// Looks that an adaptive spin starts with, and its bounds.
+const SPIN_START: u32 = 1024;
+const SPIN_MIN: u32 = 16;
+const SPIN_MAX: u32 = 4096;
+/// Looks between which the core is offered to others, after the spin, before napping.
+const YIELDS: u32 = 64;
+/// Naps while something is outstanding that no interrupt tells of.
+const NAP_MIN: Duration = Duration::from_micros(20);
+const NAP_MAX: Duration = Duration::from_millis(1);
+/// A sleep that ends sooner than this was not worth its two system calls.
+const SHORT_SLEEP: Duration = Duration::from_micros(30);
+/// While spinning, looks between two at the ring, which costs more than memory.
+const RING_LOOKS: u32 = 8;
+
+/// The state of the waiting of one `block_on`.
+pub(super) struct Waiting {
+    mode: Idle,
+    one_core: bool,
+    pub(super) turns: u32,
+    /// Looks since work was found last.
+    looks: u32,
+    /// Looks that a spin may take.
+    budget: u32,
+    nap: Duration,
+}
+
+impl Waiting {
+    pub(super) fn new(mode: Idle) -> Self {
+        let one_core = thread::available_parallelism().is_ok_and(|n| n.get() == 1);
+        Self { mode, one_core, turns: 0, looks: 0, budget: SPIN_START, nap: NAP_MIN }
+    }
+
+    /// A turn that found work.
+    #[inline]
+    pub(super) fn found_work(&mut self) {
+        if self.looks != 0 {
+            // The spin paid, or would have if it had been longer: allow some more than it took.
+            if self.looks <= self.budget.saturating_add(YIELDS) {
+                self.budget = (self.budget + self.looks / 4 + 1).min(SPIN_MAX);
+            }
+            self.looks = 0;
+            self.nap = NAP_MIN;
+        }
+    }
+
+    /// A turn that found nothing.
+    pub(super) fn idle_turn(&mut self, local: &Local) {
+        self.looks = self.looks.saturating_add(1);
+        let spin = match self.mode {
+            Idle::Spin => true,
+            Idle::Park => false,
+            Idle::Hybrid => self.looks <= self.budget && !self.one_core,
+        };
+        if spin {
+            if self.one_core {
+                thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+            if self.looks.is_multiple_of(RING_LOOKS) {
+                fire_timers(local);
+            }
+            return;
+        }
+        let start = match local.pollers.standby() {
+            Standby::Found => return,
+            Standby::Polled if self.looks <= self.budget.saturating_add(YIELDS) => {
+                thread::yield_now();
+                return fire_timers(local);
+            }
+            Standby::Polled => {
+                if self.nap == NAP_MIN {
+                    self.budget = (self.budget / 2).max(SPIN_MIN);
+                }
+                let nap = self.nap;
+                self.nap = (nap * 2).min(NAP_MAX);
+                return park(local, Some(nap));
+            }
+            Standby::Armed(until) => {
+                let start = Instant::now();
+                park(local, until.map(|at| at.saturating_duration_since(start)));
+                start
+            }
+            Standby::Idle => {
+                let start = Instant::now();
+                park(local, None);
+                start
+            }
+        };
+        // A short sleep would have been a spin that pays, a long one was right.
+        self.budget =
+            if start.elapsed() < SHORT_SLEEP { self.budget * 2 } else { self.budget / 2 }.clamp(SPIN_MIN, SPIN_MAX);
+        self.looks = 0;
+    }
+}
+
+fn fire_timers(local: &Local) {
+    if !local.timers.borrow().is_empty() {
+        local.timers.borrow_mut().fire(Instant::now());
+    }
+}
+
+/// Sleeps in the kernel until a completion, a wake, a timer, or `limit`.
+fn park(local: &Local, limit: Option<Duration>) {
+    let timer = local.timers.borrow().next().map(|at| at.saturating_duration_since(Instant::now()));
+    let limit = match (limit, timer) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    };
+    let inbox = &local.ready.core.inbox;
+    if inbox.prepare_sleep() {
+        let parked = local.ring.borrow_mut().park(limit);
+        inbox.finish_sleep();
+        if let Err(error) = parked {
+            tracing::error!(%error, "the ring refuses to wait");
+            thread::sleep(NAP_MAX);
+        }
+    }
+    local.drain_inbox();
+    fire_timers(local);
+}
