@@ -113,7 +113,9 @@ mod loom_tests {
     /// Two threads wake the same and different tasks while the owner goes to sleep: no wake is lost, nothing deadlocks.
     #[test]
     fn no_wake_is_lost() {
-        loom::model(|| {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
             let nodes: &'static [Node; 2] = Box::leak(Box::new([Node::new(), Node::new()]));
             let sleeper = Arc::new(Sleeper {
                 inbox: Inbox::new(),
