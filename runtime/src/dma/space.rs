@@ -15,6 +15,8 @@ use std::{
     },
 };
 
+use futures::lock::Mutex;
+
 use super::{
     HugePages, IovaAllocator, IovaRange, Mapping, SharedMemory,
     mapping::{Region, Retired},
@@ -117,6 +119,8 @@ struct Inner {
     leaked: RefCell<Vec<Arc<Region>>>,
     quarantined: Cell<(usize, u64)>,
     retired: Arc<Retired>,
+    /// Held while unmaps are under way: who is short of addresses waits for those of another task.
+    reclaiming: Mutex<()>,
 }
 
 impl fmt::Debug for Inner {
@@ -152,6 +156,7 @@ impl AddressSpace {
             leaked: RefCell::default(),
             quarantined: Cell::default(),
             retired: Arc::default(),
+            reclaiming: Mutex::default(),
         };
         Self { inner: Rc::new(inner) }
     }
@@ -186,11 +191,11 @@ impl AddressSpace {
         let bytes = (len as u64).checked_next_multiple_of(unit).filter(|&bytes| (1..=isize::MAX as u64).contains(&bytes));
         let bytes = bytes.ok_or_else(|| Error::invalid(format!("{len} bytes can't be mapped: from 1 to {}", isize::MAX)))?;
         let iova = match inner.reserve(bytes, unit) {
-            Err(_) if inner.retired.len() > 0 => {
+            Err(_) => {
                 inner.reclaim().await;
                 inner.reserve(bytes, unit)?
             }
-            result => result?,
+            Ok(iova) => iova,
         };
         let mut attempt = Attempt { inner, iova, bytes, outcome: Outcome::Absent };
         let (fd, memory) = SharedMemory::create("vfio-uring-dma", bytes as usize, huge)?;
@@ -216,7 +221,8 @@ impl AddressSpace {
 
     /// Unmaps the retired mappings at the device, and frees their memory and addresses as each is confirmed. How many were.
     ///
-    /// One that the device does not unmap is leaked and counted. A dropped future loses nothing.
+    /// One that the device does not unmap is leaked and counted. A dropped future loses nothing. Where another task reclaims, it
+    /// waits for that one first.
     pub async fn reclaim(&self) -> usize {
         self.inner.reclaim().await
     }
@@ -331,6 +337,7 @@ impl Inner {
     }
 
     async fn reclaim(&self) -> usize {
+        let _turn = self.reclaiming.lock().await;
         let mut confirmed = 0;
         while !self.backend.is_gone() {
             let Some(region) = self.retired.pop() else { return confirmed };

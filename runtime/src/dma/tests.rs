@@ -1,6 +1,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
+    future::poll_fn,
     io,
     pin::{Pin, pin},
     rc::Rc,
@@ -26,6 +27,8 @@ pub struct Script {
 
 enum Answer {
     Fail(Error),
+    /// An answer that comes at the second look.
+    Late,
     Never,
 }
 
@@ -55,6 +58,18 @@ impl Script {
             Some(Answer::Fail(error)) => {
                 self.gone.set(self.gone.get() || matches!(error, Error::Gone { .. }));
                 Err(error)
+            }
+            Some(Answer::Late) => {
+                let mut looked = false;
+                let second_look = poll_fn(|cx| match std::mem::replace(&mut looked, true) {
+                    true => Poll::Ready(()),
+                    false => {
+                        cx.waker().wake_by_ref();
+                        Poll::Pending
+                    }
+                });
+                second_look.await;
+                Ok(())
             }
             Some(Answer::Never) => std::future::pending().await,
         }
@@ -491,4 +506,28 @@ fn a_future_that_was_never_polled_costs_nothing() {
     let reclaim = pin!(space.reclaim());
     assert_eq!(block_on(reclaim), 0);
     assert_eq!((space.stats(), script.log().len()), (SpaceStats::default(), 0));
+}
+
+#[test]
+fn mapping_waits_for_an_unmap_under_way() {
+    let (space, script) = scripted(1);
+    drop(map(&space, 1).unwrap());
+    script.next(Answer::Late);
+    let mut reclaim = Box::pin(space.reclaim());
+    assert!(poll_once(reclaim.as_mut()).is_pending());
+    let mut second = Box::pin(space.map(4096, HugePages::No));
+    assert!(poll_once(second.as_mut()).is_pending(), "the only address is not free yet");
+    assert_eq!(poll_once(reclaim.as_mut()), Poll::Ready(1));
+    assert_eq!(block_on(second).unwrap().iova(), PAGE);
+}
+
+#[test]
+fn hugepages_or_a_remedy() {
+    let space = AddressSpace::new(Backend::Null, &[IovaRange { start: 0, last: u64::MAX }], PAGE, 2);
+    match block_on(Pool::new(&space, 1, HugePages::Size2M)) {
+        Ok(pool) => assert_eq!((pool.stats().bytes, pool.mapping().iova() % (2 << 20)), (2 << 20, 0)),
+        Err(error) => assert!(matches!(error, Error::Exhausted { .. } | Error::Io { .. }), "{error}"),
+    }
+    block_on(space.reclaim());
+    assert_eq!(space.stats(), SpaceStats::default());
 }
