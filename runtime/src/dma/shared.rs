@@ -4,6 +4,7 @@
 //! the compiler can't look into.
 
 use std::{
+    mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
@@ -60,6 +61,12 @@ pub struct OutOfBounds {
     pub len: usize,
     /// Bytes of the memory.
     pub size: usize,
+}
+
+impl From<OutOfBounds> for Error {
+    fn from(error: OutOfBounds) -> Self {
+        Self::invalid(error.to_string())
+    }
 }
 
 impl SharedMemory {
@@ -175,16 +182,19 @@ impl SharedMemory {
 
     /// Copies one value out of the memory: a snapshot that the peer can't change any more.
     #[inline]
-    pub fn read_obj<T: FromBytes + IntoBytes>(&self, offset: u64) -> Result<T, OutOfBounds> {
-        let mut value = T::new_zeroed();
-        self.read(offset, value.as_mut_bytes())?;
-        Ok(value)
+    pub fn read_obj<T: FromBytes>(&self, offset: u64) -> Result<T, OutOfBounds> {
+        let from = self.at(offset, size_of::<T>(), 1, false)?;
+        // SAFETY: valid for the size of `T`.
+        Ok(unsafe { load_obj(from) })
     }
 
     /// Copies one value into the memory.
     #[inline]
     pub fn write_obj<T: IntoBytes + Immutable>(&self, offset: u64, value: &T) -> Result<(), OutOfBounds> {
-        self.write(offset, value.as_bytes())
+        let to = self.at(offset, size_of::<T>(), 1, true)?;
+        // SAFETY: valid for the size of `T`.
+        unsafe { store_obj(to, value) };
+        Ok(())
     }
 
     /// Loads an aligned little-endian `u32`, with acquire order: what its writer stored before it is seen after it.
@@ -226,6 +236,51 @@ impl Drop for SharedMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and nobody can hold a pointer into it: accesses borrow `self`, buffers own it.
         let _ = unsafe { mm::munmap(self.ptr.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Whether a `T` at `at` is accessed as `u64`s: `rep movsb` costs more than a few of them to start.
+#[inline(always)]
+fn in_words<T>(at: *const u8) -> bool {
+    size_of::<T>().is_multiple_of(8) && size_of::<T>() <= 128 && at as usize & 7 == 0
+}
+
+/// Loads a value that may change under the load: what is torn is the value, not the program.
+///
+/// # Safety
+/// `from` is valid for reads of the size of `T`.
+#[inline(always)]
+pub(crate) unsafe fn load_obj<T: FromBytes>(from: *const u8) -> T {
+    let mut value = MaybeUninit::<T>::uninit();
+    let to = value.as_mut_ptr().cast::<u8>();
+    if in_words::<T>(from) {
+        for i in 0..size_of::<T>() / 8 {
+            // SAFETY: within `T` on both sides; `from` is aligned, the value may not be.
+            unsafe { to.cast::<u64>().add(i).write_unaligned(from.cast::<u64>().add(i).read_volatile()) };
+        }
+    } else {
+        // SAFETY: both sides are valid for the size of `T`, and a local overlaps nothing.
+        unsafe { copy(from, to, size_of::<T>()) };
+    }
+    // SAFETY: all of its bytes are written, and any bytes are a `T` by `FromBytes`.
+    unsafe { value.assume_init() }
+}
+
+/// Stores a value where somebody else may look at any time.
+///
+/// # Safety
+/// `to` is valid for writes of the size of `T`.
+#[inline(always)]
+pub(crate) unsafe fn store_obj<T: IntoBytes + Immutable>(to: *mut u8, value: &T) {
+    let from = value.as_bytes().as_ptr();
+    if in_words::<T>(to) {
+        for i in 0..size_of::<T>() / 8 {
+            // SAFETY: as in `load_obj`, the other way round; a `T` has no padding by `IntoBytes`.
+            unsafe { to.cast::<u64>().add(i).write_volatile(from.cast::<u64>().add(i).read_unaligned()) };
+        }
+    } else {
+        // SAFETY: as in `load_obj`.
+        unsafe { copy(from, to, size_of::<T>()) };
     }
 }
 
@@ -275,6 +330,33 @@ mod tests {
         two.store_u32(8, 0x1234_5678).unwrap();
         assert_eq!(one.load_u32(4096 + 8), Ok(0x1234_5678));
         assert_eq!(one.read_obj::<[u8; 4]>(4096 + 8), Ok([0x78, 0x56, 0x34, 0x12]));
+    }
+
+    #[test]
+    fn values_of_any_size_and_place() {
+        fn check<const N: usize>(memory: &SharedMemory) {
+            let value: [u8; N] = std::array::from_fn(|i| i as u8 + 1);
+            for offset in [0, 1, 8, 63, 4096 - N as u64] {
+                memory.fill(0, 4096, 0xee).unwrap();
+                memory.write_obj(offset, &value).unwrap();
+                assert_eq!(memory.read_obj(offset), Ok(value));
+                let mut all = [0; 4096];
+                memory.read(0, &mut all).unwrap();
+                assert_eq!(all.iter().filter(|&&byte| byte == 0xee).count(), 4096 - N);
+            }
+            assert!(memory.write_obj(4097 - N as u64, &value).is_err());
+            assert!(memory.read_obj::<[u8; N]>(4097 - N as u64).is_err());
+        }
+        let (_fd, memory) = SharedMemory::create("test", 4096, HugePages::No).unwrap();
+        check::<1>(&memory);
+        check::<4>(&memory);
+        check::<12>(&memory);
+        check::<16>(&memory);
+        check::<64>(&memory);
+        check::<128>(&memory);
+        check::<192>(&memory);
+        memory.write_obj(16, &[1u64, 2]).unwrap();
+        assert_eq!(memory.read_obj::<[u64; 2]>(16), Ok([1, 2]));
     }
 
     #[test]

@@ -1,3 +1,4 @@
 //! vfio-user: a PCI device served by another process (or thread) over a Unix socket.
 
+pub mod client;
 pub mod wire;

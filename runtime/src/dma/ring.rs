@@ -1,0 +1,287 @@
+//! Memory that a device sees all the time: queues, lists of pages.
+
+use std::{
+    cell::Cell,
+    fmt,
+    marker::PhantomData,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::{
+    DmaBuf, OutOfBounds,
+    shared::{copy, load_obj, store_obj},
+};
+use crate::{Error, Result};
+
+/// A [`DmaBuf`] that the device may read and write at any time. No reference to it is ever made: values are copied in and out.
+///
+/// It moves between threads but is not shared by them: two of them would race each other. Dropped, its memory returns to the
+/// pool: only when the device is proven not to use it any more, else [`DmaShared::quarantine`] it.
+pub struct DmaShared {
+    buf: DmaBuf,
+    not_sync: PhantomData<Cell<()>>,
+}
+
+impl DmaShared {
+    pub(super) fn new(buf: DmaBuf) -> Self {
+        Self { buf, not_sync: PhantomData }
+    }
+
+    /// Where the device sees the first byte.
+    #[inline]
+    pub fn iova(&self) -> u64 {
+        self.buf.iova()
+    }
+
+    /// Bytes of the memory.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.buf.len()
+    }
+
+    /// Whether it has no bytes.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.buf.is_empty()
+    }
+
+    /// [`AddressSpace::id`](super::AddressSpace::id) of the space that the memory is mapped in.
+    #[inline]
+    pub fn space_id(&self) -> u64 {
+        self.buf.space_id()
+    }
+
+    #[inline(always)]
+    fn at(&self, offset: usize, len: usize, align: usize) -> Result<*mut u8, OutOfBounds> {
+        if offset <= self.len() && len <= self.len() - offset && offset & (align - 1) == 0 {
+            // SAFETY: inside of the buffer.
+            Ok(unsafe { self.buf.ptr().add(offset) })
+        } else {
+            Err(self.outside(offset, len))
+        }
+    }
+
+    #[cold]
+    fn outside(&self, offset: usize, len: usize) -> OutOfBounds {
+        OutOfBounds { offset: offset as u64, len, size: self.len() }
+    }
+
+    /// Copies a value out. One of whole, aligned `u64`s is loaded as such, each untorn.
+    #[inline]
+    pub fn read_obj<T: FromBytes>(&self, offset: usize) -> Result<T, OutOfBounds> {
+        let from = self.at(offset, size_of::<T>(), 1)?;
+        // SAFETY: valid for the size of `T`.
+        Ok(unsafe { load_obj(from) })
+    }
+
+    /// Copies a value in. One of whole, aligned `u64`s is stored as such, each untorn.
+    #[inline]
+    pub fn write_obj<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) -> Result<(), OutOfBounds> {
+        let to = self.at(offset, size_of::<T>(), 1)?;
+        // SAFETY: valid for the size of `T`.
+        unsafe { store_obj(to, value) };
+        Ok(())
+    }
+
+    /// Copies bytes out.
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), OutOfBounds> {
+        let from = self.at(offset, to.len(), 1)?;
+        // SAFETY: valid for the length; a slice of ours does not overlap device memory, of which none is ever lent.
+        unsafe { copy(from, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes in.
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), OutOfBounds> {
+        let to = self.at(offset, from.len(), 1)?;
+        // SAFETY: as in `read`.
+        unsafe { copy(from.as_ptr(), to, from.len()) };
+        Ok(())
+    }
+
+    /// Loads an aligned little-endian `u32`, with acquire order: what the device stored before it is seen after it.
+    #[inline]
+    pub fn load_u32(&self, offset: usize) -> Result<u32, OutOfBounds> {
+        let at = self.at(offset, 4, 4)?;
+        // SAFETY: inside of the buffer and aligned, as the buffer starts on a page.
+        Ok(unsafe { load_u32(at) })
+    }
+
+    /// Stores an aligned little-endian `u32`, with release order: what was stored before it is seen by who loads it.
+    #[inline]
+    pub fn store_u32(&self, offset: usize, value: u32) -> Result<(), OutOfBounds> {
+        let at = self.at(offset, 4, 4)?;
+        // SAFETY: as in `load_u32`.
+        unsafe { AtomicU32::from_ptr(at.cast()) }.store(value.to_le(), Ordering::Release);
+        Ok(())
+    }
+
+    /// Fills all of it with `byte`.
+    pub fn fill(&self, byte: u8) {
+        let chunk = [byte; 256];
+        for offset in (0..self.len()).step_by(chunk.len()) {
+            let len = chunk.len().min(self.len() - offset);
+            // SAFETY: inside of the buffer by the minimum; the chunk is a local.
+            unsafe { copy(chunk.as_ptr(), self.buf.ptr().add(offset), len) };
+        }
+    }
+
+    /// The buffer, for slices of it again: when the device is proven not to use it any more.
+    pub fn into_buf(self) -> DmaBuf {
+        self.buf
+    }
+
+    /// [`DmaBuf::quarantine`]: for memory that the device may still use.
+    pub fn quarantine(self) {
+        self.buf.quarantine();
+    }
+}
+
+impl fmt::Debug for DmaShared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("DmaShared").field(&self.buf).finish()
+    }
+}
+
+/// # Safety
+/// `at` is valid for reads, and a multiple of 4.
+#[inline(always)]
+unsafe fn load_u32(at: *mut u8) -> u32 {
+    // SAFETY: the caller's promise; an atomic may be shared with any writer.
+    u32::from_le(unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Acquire))
+}
+
+/// [`DmaShared`] memory as an array of entries, each a whole number of `u64`s long (else it does not compile).
+///
+/// An access costs one compare and one load or store for each 8 bytes.
+///
+/// ```
+/// # futures::executor::block_on(async {
+/// # use vfio_uring::dma::*;
+/// # let space = AddressSpace::new(Backend::Null, &[IovaRange { start: 0, last: u64::MAX }], 4096, 64);
+/// # let pool = Pool::new(&space, 65536, HugePages::No).await?;
+/// let list = DmaRing::<u64>::new(pool.alloc(4096)?.into_shared())?;
+/// list.set(511, &0x1000)?;
+/// assert_eq!((list.len(), list.get(511)), (512, Ok(0x1000)));
+/// assert!(list.get(512).is_err());
+/// # Ok::<_, vfio_uring::Error>(()) }).unwrap();
+/// ```
+pub struct DmaRing<T> {
+    shared: DmaShared,
+    len: usize,
+    entries: PhantomData<T>,
+}
+
+impl<T> DmaRing<T> {
+    const ENTRY: () = assert!(size_of::<T>() > 0 && size_of::<T>().is_multiple_of(8), "an entry is whole u64s");
+
+    /// As many entries as fit.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when not even one does.
+    pub fn new(shared: DmaShared) -> Result<Self> {
+        let () = Self::ENTRY;
+        match shared.len() / size_of::<T>() {
+            0 => Err(Error::invalid(format!("{} bytes are no ring of entries of {} bytes", shared.len(), size_of::<T>()))),
+            len => Ok(Self { shared, len, entries: PhantomData }),
+        }
+    }
+
+    /// Entries of the ring.
+    #[inline]
+    #[expect(clippy::len_without_is_empty, reason = "a ring has at least one entry")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where the device sees the first entry.
+    #[inline]
+    pub fn iova(&self) -> u64 {
+        self.shared.iova()
+    }
+
+    /// The memory.
+    pub fn shared(&self) -> &DmaShared {
+        &self.shared
+    }
+
+    /// The memory, without its form.
+    pub fn into_shared(self) -> DmaShared {
+        self.shared
+    }
+
+    /// [`DmaBuf::quarantine`]: for memory that the device may still use.
+    pub fn quarantine(self) {
+        self.shared.quarantine();
+    }
+
+    #[inline(always)]
+    fn at(&self, index: usize) -> Result<*mut u8, OutOfBounds> {
+        if index < self.len {
+            // SAFETY: `len` entries are inside of the buffer.
+            let at = unsafe { self.shared.buf.ptr().add(index * size_of::<T>()) };
+            // SAFETY: buffers start on a page, and entries are whole u64s. It saves a test for each access.
+            unsafe { std::hint::assert_unchecked((at as usize).is_multiple_of(8)) };
+            Ok(at)
+        } else {
+            Err(self.shared.outside(index.saturating_mul(size_of::<T>()), size_of::<T>()))
+        }
+    }
+
+    /// Copies an entry out.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] beyond the last.
+    #[inline]
+    pub fn get(&self, index: usize) -> Result<T, OutOfBounds>
+    where
+        T: FromBytes,
+    {
+        let from = self.at(index)?;
+        // SAFETY: valid for the size of `T`.
+        Ok(unsafe { load_obj(from) })
+    }
+
+    /// Copies an entry in.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] beyond the last.
+    #[inline]
+    pub fn set(&self, index: usize, value: &T) -> Result<(), OutOfBounds>
+    where
+        T: IntoBytes + Immutable,
+    {
+        let to = self.at(index)?;
+        // SAFETY: valid for the size of `T`.
+        unsafe { store_obj(to, value) };
+        Ok(())
+    }
+
+    /// Loads the little-endian `u32` at `offset` of an entry, with acquire order: what the device stored before it, as the rest of
+    /// the entry, is seen after it.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] beyond the last entry, or the entry, or at no multiple of 4.
+    #[inline]
+    pub fn load_u32(&self, index: usize, offset: usize) -> Result<u32, OutOfBounds> {
+        if offset > size_of::<T>() - 4 || !offset.is_multiple_of(4) {
+            return Err(self.shared.outside(offset, 4));
+        }
+        let entry = self.at(index)?;
+        // SAFETY: within the entry, whose start is a multiple of 8.
+        Ok(unsafe { load_u32(entry.add(offset)) })
+    }
+
+    /// Fills all entries with zeros.
+    pub fn clear(&self) {
+        self.shared.fill(0);
+    }
+}
+
+impl<T> fmt::Debug for DmaRing<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmaRing").field("iova", &self.iova()).field("len", &self.len).finish()
+    }
+}

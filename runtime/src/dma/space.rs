@@ -1,0 +1,430 @@
+//! A device's view of memory: which of our memory is mapped at which I/O virtual address.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    fmt,
+    future::{Future, poll_fn},
+    io,
+    ops::Range,
+    os::fd::OwnedFd,
+    rc::{Rc, Weak as RcWeak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use futures::lock::Mutex;
+
+use super::{
+    HugePages, IovaAllocator, IovaRange, Mapping, SharedMemory,
+    mapping::{Region, Retired},
+};
+use crate::{Error, Result, transport::user::client::Connection};
+
+/// Who is told of mappings.
+#[derive(Clone)]
+#[non_exhaustive]
+pub enum Backend {
+    /// A vfio-user server: it gets the memfd of each mapping.
+    User(Rc<Connection>),
+    /// Nobody: the device runs in this process and finds its memory through [`AddressSpace::mappings`],
+    /// [`AddressSpace::read`] and [`AddressSpace::write`]. For tests, benches and fuzzing.
+    Null,
+    #[cfg(test)]
+    #[doc(hidden)]
+    Script(Rc<super::tests::Script>),
+}
+
+impl Backend {
+    async fn map(&self, region: &Region) -> Result<()> {
+        match self {
+            Self::User(connection) => connection.dma_map(region.iova, region.len(), &region.fd, 0).await,
+            Self::Null => Ok(()),
+            #[cfg(test)]
+            Self::Script(script) => script.map(region.iova).await,
+        }
+    }
+
+    async fn unmap(&self, region: &Region) -> Result<()> {
+        match self {
+            Self::User(connection) => connection.dma_unmap(region.iova, region.len()).await,
+            Self::Null => Ok(()),
+            #[cfg(test)]
+            Self::Script(script) => script.unmap(region.iova).await,
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::User(connection) => connection.is_gone(),
+            Self::Null => false,
+            #[cfg(test)]
+            Self::Script(script) => script.is_gone(),
+        }
+    }
+}
+
+/// The mappings of a device, and the addresses that they may use. A handle: clones are the same space.
+///
+/// See the [module](crate::dma) for an example.
+#[derive(Clone)]
+pub struct AddressSpace {
+    inner: Rc<Inner>,
+}
+
+/// A handle that does not keep the space: for what the space itself keeps, as its connection.
+#[derive(Debug, Clone)]
+pub struct WeakAddressSpace {
+    inner: RcWeak<Inner>,
+}
+
+/// What an address space holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SpaceStats {
+    /// Mappings that the device has, or may have: each counts against the limit.
+    pub mappings: usize,
+    /// Mappings without an owner whose unmap is still to be confirmed.
+    pub retired: usize,
+    /// Mappings whose unmap failed: their memory and addresses are kept as long as the space.
+    pub leaked: usize,
+    /// Bytes of those.
+    pub leaked_bytes: u64,
+    /// Attempts to map of which nobody knows whether they succeeded: their addresses are kept as long as the space.
+    pub quarantined: usize,
+    /// Bytes of address space of those.
+    pub quarantined_bytes: u64,
+}
+
+/// A mapping as a device in the same process needs it.
+#[derive(Debug, Clone)]
+pub struct MappingInfo {
+    /// Where the device sees it.
+    pub iova: u64,
+    /// Bytes.
+    pub len: usize,
+    /// The memory, from the file's start.
+    pub fd: Arc<OwnedFd>,
+}
+
+struct Inner {
+    id: u64,
+    granule: u64,
+    max_mappings: usize,
+    backend: Backend,
+    iova: RefCell<IovaAllocator>,
+    /// What the device has or may have mapped, by address.
+    mapped: RefCell<BTreeMap<u64, Weak<Region>>>,
+    leaked: RefCell<Vec<Arc<Region>>>,
+    quarantined: Cell<(usize, u64)>,
+    retired: Arc<Retired>,
+    /// Held while unmaps are under way: who is short of addresses waits for those of another task.
+    reclaiming: Mutex<()>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AddressSpace").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for AddressSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.inner.fmt(f)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.retired.close();
+    }
+}
+
+impl AddressSpace {
+    /// A space of the addresses in `ranges`, in multiples of `granule` bytes, with at most `max_mappings` mappings at a time.
+    pub fn new(backend: Backend, ranges: &[IovaRange], granule: u64, max_mappings: usize) -> Self {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let iova = IovaAllocator::new(ranges, granule);
+        let inner = Inner {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            granule: iova.granule(),
+            max_mappings,
+            backend,
+            iova: RefCell::new(iova),
+            mapped: RefCell::default(),
+            leaked: RefCell::default(),
+            quarantined: Cell::default(),
+            retired: Arc::default(),
+            reclaiming: Mutex::default(),
+        };
+        Self { inner: Rc::new(inner) }
+    }
+
+    /// A number that no other space of this process has: a buffer of another space is told by it.
+    pub fn id(&self) -> u64 {
+        self.inner.id
+    }
+
+    /// Unit of mappings, in bytes.
+    pub fn granule(&self) -> u64 {
+        self.inner.granule
+    }
+
+    /// A handle that does not keep the space.
+    pub fn downgrade(&self) -> WeakAddressSpace {
+        WeakAddressSpace { inner: Rc::downgrade(&self.inner) }
+    }
+
+    /// Makes zeroed memory of `len` bytes, rounded up to the page size and the granule, and maps it for the device to read and
+    /// write. It returns when the device has confirmed.
+    ///
+    /// A dropped future, or an answer that never comes, leaves open whether the device has the memory; its addresses are not
+    /// used again then.
+    ///
+    /// # Errors
+    /// [`Error::Exhausted`] when the device takes no more mappings, or the addresses or hugepages run out; the backend's error
+    /// when the device refuses.
+    pub async fn map(&self, len: usize, huge: HugePages) -> Result<Arc<Mapping>> {
+        let inner = &*self.inner;
+        let unit = (huge.page_size() as u64).max(inner.granule);
+        let bytes = (len as u64).checked_next_multiple_of(unit).filter(|&bytes| (1..=isize::MAX as u64).contains(&bytes));
+        let bytes = bytes.ok_or_else(|| Error::invalid(format!("{len} bytes can't be mapped: from 1 to {}", isize::MAX)))?;
+        let iova = match inner.reserve(bytes, unit) {
+            Err(_) => {
+                inner.reclaim().await;
+                inner.reserve(bytes, unit)?
+            }
+            Ok(iova) => iova,
+        };
+        let mut attempt = Attempt { inner, iova, bytes, outcome: Outcome::Absent };
+        let (fd, memory) = SharedMemory::create("vfio-uring-dma", bytes as usize, huge)?;
+        let region = Arc::new(Region { memory, fd: Arc::new(fd), iova });
+        // The device may use the memory before its reply arrives here.
+        inner.mapped.borrow_mut().insert(iova, Arc::downgrade(&region));
+        attempt.outcome = Outcome::Unknown;
+        let result = inner.backend.map(&region).await;
+        attempt.outcome = match &result {
+            Ok(()) => Outcome::Mapped,
+            // Something else is there, it says: other addresses may do.
+            Err(Error::Refused { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => Outcome::Unknown,
+            // The device said no, or was never asked.
+            Err(Error::Refused { .. } | Error::Unsupported { .. } | Error::Invalid { .. } | Error::Exhausted { .. }) => {
+                Outcome::Absent
+            }
+            Err(_) => Outcome::Unknown,
+        };
+        drop(attempt);
+        result?;
+        Ok(Arc::new(Mapping::new(region, inner.retired.clone(), inner.id)))
+    }
+
+    /// Unmaps the retired mappings at the device, and frees their memory and addresses as each is confirmed. How many were.
+    ///
+    /// One that the device does not unmap is leaked and counted. A dropped future loses nothing. Where another task reclaims, it
+    /// waits for that one first.
+    pub async fn reclaim(&self) -> usize {
+        self.inner.reclaim().await
+    }
+
+    /// A future that reclaims retired mappings whenever there are some: for a task of its own, one for each space. It does not
+    /// keep the space, and ends when the last handle to it is dropped, or when the connection is found to be gone.
+    ///
+    /// ```
+    /// # use futures::executor::block_on;
+    /// # use vfio_uring::dma::{AddressSpace, Backend, HugePages, IovaRange};
+    /// let space = AddressSpace::new(Backend::Null, &[IovaRange { start: 0, last: u64::MAX }], 4096, 64);
+    /// let reclaimer = space.reclaimer();
+    /// drop(block_on(space.map(4096, HugePages::No)).unwrap());
+    /// assert_eq!(space.stats().retired, 1);
+    /// drop(space);
+    /// block_on(reclaimer);
+    /// ```
+    pub fn reclaimer(&self) -> impl Future<Output = ()> + use<> {
+        let (space, retired) = (self.downgrade(), self.inner.retired.clone());
+        async move {
+            while poll_fn(|cx| retired.poll_ready(cx)).await {
+                let Some(space) = space.upgrade() else { break };
+                space.reclaim().await;
+            }
+        }
+    }
+
+    /// Says that the connection is gone: retired mappings, now and later, are freed without an unmap, the reclaimer ends.
+    /// Their addresses are not used again.
+    pub fn disconnected(&self) {
+        self.inner.retired.close();
+    }
+
+    /// Copies `to.len()` bytes at `iova` out of the mapped memory, as the device would: for a request of the peer. Mappings that
+    /// touch are read as one.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when not all of it is mapped.
+    pub fn read(&self, iova: u64, to: &mut [u8]) -> Result<()> {
+        self.inner.walk(iova, to.len(), |region, offset, part| Ok(region.memory.read(offset, &mut to[part])?))
+    }
+
+    /// Copies `from` to `iova` in the mapped memory, as the device would: for a request of the peer. Mappings that touch are
+    /// written as one.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when not all of it is mapped; nothing is written then.
+    pub fn write(&self, iova: u64, from: &[u8]) -> Result<()> {
+        self.inner.walk(iova, from.len(), |_, _, _| Ok(()))?;
+        self.inner.walk(iova, from.len(), |region, offset, part| Ok(region.memory.write(offset, &from[part])?))
+    }
+
+    /// What the device has mapped at present, by address: for a device in the same process ([`Backend::Null`]).
+    pub fn mappings(&self) -> Vec<MappingInfo> {
+        let mapped = self.inner.mapped.borrow();
+        let regions = mapped.values().filter_map(Weak::upgrade);
+        regions.map(|region| MappingInfo { iova: region.iova, len: region.memory.len(), fd: region.fd.clone() }).collect()
+    }
+
+    /// What the space holds at present.
+    pub fn stats(&self) -> SpaceStats {
+        let leaked = self.inner.leaked.borrow();
+        let (quarantined, quarantined_bytes) = self.inner.quarantined.get();
+        SpaceStats {
+            mappings: self.inner.mapped.borrow().len(),
+            retired: self.inner.retired.len(),
+            leaked: leaked.len(),
+            leaked_bytes: leaked.iter().map(|region| region.len()).sum(),
+            quarantined,
+            quarantined_bytes,
+        }
+    }
+}
+
+impl WeakAddressSpace {
+    /// The space, unless its last handle was dropped.
+    pub fn upgrade(&self) -> Option<AddressSpace> {
+        self.inner.upgrade().map(|inner| AddressSpace { inner })
+    }
+}
+
+impl Inner {
+    /// Takes a place among the mappings, and addresses.
+    fn reserve(&self, bytes: u64, align: u64) -> Result<u64> {
+        let mut mapped = self.mapped.borrow_mut();
+        if mapped.len() >= self.max_mappings {
+            return Err(Error::Exhausted {
+                what: format!(
+                    "no DMA mapping of {bytes} bytes: all {} that the device allows are in use; map fewer and larger pools",
+                    self.max_mappings
+                ),
+            });
+        }
+        let mut allocator = self.iova.borrow_mut();
+        let iova = allocator.alloc(bytes, align).ok_or_else(|| Error::Exhausted {
+            what: format!(
+                "no I/O virtual addresses for {bytes} bytes aligned to {align}: {} are free, the largest piece is {}; map less at once",
+                allocator.free_bytes(),
+                allocator.largest_free()
+            ),
+        })?;
+        mapped.insert(iova, Weak::new());
+        Ok(iova)
+    }
+
+    /// Gives the place and the addresses back: the device does not have the mapping.
+    fn release(&self, iova: u64, bytes: u64) {
+        self.mapped.borrow_mut().remove(&iova);
+        if let Err(error) = self.iova.borrow_mut().free(iova, bytes) {
+            tracing::error!(iova, bytes, %error, "the books of the address space are wrong");
+        }
+    }
+
+    async fn reclaim(&self) -> usize {
+        let _turn = self.reclaiming.lock().await;
+        let mut confirmed = 0;
+        while !self.backend.is_gone() {
+            let Some(region) = self.retired.pop() else { return confirmed };
+            let mut unmap = Unmap { retired: &self.retired, region: Some(region.clone()) };
+            let result = self.backend.unmap(&region).await;
+            unmap.region = None;
+            match result {
+                Ok(()) => {
+                    self.release(region.iova, region.len());
+                    confirmed += 1;
+                }
+                Err(_) if self.backend.is_gone() => {}
+                Err(error) => {
+                    tracing::warn!(iova = region.iova, bytes = region.len(), %error, "a mapping is leaked: its unmap failed");
+                    self.leaked.borrow_mut().push(region);
+                }
+            }
+        }
+        self.retired.close();
+        confirmed
+    }
+
+    /// Calls `visit` with each region that `iova..iova + len` touches, the offset in it, and the part of the request.
+    fn walk(&self, iova: u64, len: usize, mut visit: impl FnMut(&Region, u64, Range<usize>) -> Result<()>) -> Result<()> {
+        let mapped = self.mapped.borrow();
+        let mut done = 0;
+        while done < len {
+            let at = iova.checked_add(done as u64);
+            let region = at.and_then(|at| mapped.range(..=at).next_back()?.1.upgrade());
+            let (Some(at), Some(region)) = (at, region) else { return Err(unmapped(iova, len)) };
+            let offset = at - region.iova;
+            let part = region.len().saturating_sub(offset).min((len - done) as u64) as usize;
+            if part == 0 {
+                return Err(unmapped(iova, len));
+            }
+            visit(&region, offset, done..done + part)?;
+            done += part;
+        }
+        Ok(())
+    }
+}
+
+fn unmapped(iova: u64, len: usize) -> Error {
+    Error::invalid(format!("{len} bytes at IOVA {iova:#x} are not all mapped"))
+}
+
+/// A mapping that is being made. Dropped midway, it settles what becomes of its addresses.
+struct Attempt<'a> {
+    inner: &'a Inner,
+    iova: u64,
+    bytes: u64,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    /// The device does not have the mapping.
+    Absent,
+    /// It may have it: its addresses must never be used again. The memory may go, as `Retired::close` explains.
+    Unknown,
+    /// It has the mapping.
+    Mapped,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        match self.outcome {
+            Outcome::Absent => self.inner.release(self.iova, self.bytes),
+            Outcome::Unknown => {
+                let (count, bytes) = self.inner.quarantined.get();
+                self.inner.quarantined.set((count + 1, bytes + self.bytes));
+            }
+            Outcome::Mapped => {}
+        }
+    }
+}
+
+/// An unmap on its way. Given up midway, the mapping is retired again: a second unmap is then either confirmed or refused, and
+/// a refused one is leaked.
+struct Unmap<'a> {
+    retired: &'a Retired,
+    region: Option<Arc<Region>>,
+}
+
+impl Drop for Unmap<'_> {
+    fn drop(&mut self) {
+        if let Some(region) = self.region.take() {
+            self.retired.put_back(region);
+        }
+    }
+}
