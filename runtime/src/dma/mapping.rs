@@ -3,13 +3,14 @@
 use std::{
     collections::VecDeque,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     task::{Context, Poll},
 };
 
 use futures::task::AtomicWaker;
 
 use super::SharedMemory;
+use crate::Result;
 
 /// Memory and its place in the device's address space.
 #[derive(Debug)]
@@ -17,9 +18,26 @@ pub(super) struct Region {
     pub(super) memory: SharedMemory,
     pub(super) fd: Arc<OwnedFd>,
     pub(super) iova: u64,
+    view: OnceLock<SharedMemory>,
 }
 
 impl Region {
+    pub(super) fn new(memory: SharedMemory, fd: OwnedFd, iova: u64) -> Self {
+        Self { memory, fd: Arc::new(fd), iova, view: OnceLock::new() }
+    }
+
+    /// The memory as the device sees it: mapped once more, at first use. A pool lends slices of its own mapping, and nothing in
+    /// this program may write behind those at the same addresses.
+    pub(super) fn view(&self) -> Result<&SharedMemory> {
+        match self.view.get() {
+            Some(view) => Ok(view),
+            None => {
+                let view = SharedMemory::map(&self.fd, 0, self.memory.len(), true)?;
+                Ok(self.view.get_or_init(|| view))
+            }
+        }
+    }
+
     pub(super) fn len(&self) -> u64 {
         self.memory.len() as u64
     }

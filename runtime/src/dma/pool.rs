@@ -98,6 +98,11 @@ impl Pool {
         Ok(unsafe { DmaBuf::new(ptr, iova, len as u32, whole, self.inner.clone()) })
     }
 
+    /// [`AddressSpace::id`] of the space that the pool's memory is mapped in.
+    pub fn space_id(&self) -> u64 {
+        self.inner.space_id()
+    }
+
     /// What the pool holds at present.
     pub fn stats(&self) -> PoolStats {
         let books = self.inner.lock();
@@ -109,8 +114,9 @@ impl Pool {
         }
     }
 
-    /// The memory behind the buffers.
-    pub fn mapping(&self) -> &Arc<Mapping> {
+    /// The memory behind the buffers. Not for users: they could write behind a slice that a buffer lends.
+    #[cfg(test)]
+    pub(super) fn mapping(&self) -> &Arc<Mapping> {
         &self.inner.mapping
     }
 }

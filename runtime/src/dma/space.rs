@@ -199,7 +199,7 @@ impl AddressSpace {
         };
         let mut attempt = Attempt { inner, iova, bytes, outcome: Outcome::Absent };
         let (fd, memory) = SharedMemory::create("vfio-uring-dma", bytes as usize, huge)?;
-        let region = Arc::new(Region { memory, fd: Arc::new(fd), iova });
+        let region = Arc::new(Region::new(memory, fd, iova));
         // The device may use the memory before its reply arrives here.
         inner.mapped.borrow_mut().insert(iova, Arc::downgrade(&region));
         attempt.outcome = Outcome::Unknown;
@@ -262,7 +262,7 @@ impl AddressSpace {
     /// # Errors
     /// [`Error::Invalid`] when not all of it is mapped.
     pub fn read(&self, iova: u64, to: &mut [u8]) -> Result<()> {
-        self.inner.walk(iova, to.len(), |region, offset, part| Ok(region.memory.read(offset, &mut to[part])?))
+        self.inner.walk(iova, to.len(), |view, offset, part| Ok(view.read(offset, &mut to[part])?))
     }
 
     /// Copies `from` to `iova` in the mapped memory, as the device would: for a request of the peer. Mappings that touch are
@@ -272,7 +272,7 @@ impl AddressSpace {
     /// [`Error::Invalid`] when not all of it is mapped; nothing is written then.
     pub fn write(&self, iova: u64, from: &[u8]) -> Result<()> {
         self.inner.walk(iova, from.len(), |_, _, _| Ok(()))?;
-        self.inner.walk(iova, from.len(), |region, offset, part| Ok(region.memory.write(offset, &from[part])?))
+        self.inner.walk(iova, from.len(), |view, offset, part| Ok(view.write(offset, &from[part])?))
     }
 
     /// What the device has mapped at present, by address: for a device in the same process ([`Backend::Null`]).
@@ -360,8 +360,13 @@ impl Inner {
         confirmed
     }
 
-    /// Calls `visit` with each region that `iova..iova + len` touches, the offset in it, and the part of the request.
-    fn walk(&self, iova: u64, len: usize, mut visit: impl FnMut(&Region, u64, Range<usize>) -> Result<()>) -> Result<()> {
+    /// Calls `visit` with the memory of each region that `iova..iova + len` touches, the offset in it, and the part of the request.
+    fn walk(
+        &self,
+        iova: u64,
+        len: usize,
+        mut visit: impl FnMut(&SharedMemory, u64, Range<usize>) -> Result<()>,
+    ) -> Result<()> {
         let mapped = self.mapped.borrow();
         let mut done = 0;
         while done < len {
@@ -373,7 +378,7 @@ impl Inner {
             if part == 0 {
                 return Err(unmapped(iova, len));
             }
-            visit(&region, offset, done..done + part)?;
+            visit(region.view()?, offset, done..done + part)?;
             done += part;
         }
         Ok(())

@@ -329,7 +329,7 @@ fn the_top_of_the_space_is_usable() {
     let buf = pool.alloc(2 * PAGE as usize).unwrap();
     assert_eq!(buf.iova(), range.start);
     space.write(u64::MAX, &[7]).unwrap();
-    assert_eq!(buf[2 * PAGE as usize - 1], 7);
+    assert_eq!(buf[2 * PAGE as usize - 1], 7, "the view that serves the peer is the same memory");
     assert!(space.write(u64::MAX, &[7, 7]).is_err());
 }
 
