@@ -1,2 +1,26 @@
 //! An async NVMe driver on the vfio-uring runtime.
+//!
+//! [`Controller::new`] brings a controller up, [`Controller::create_queue`] makes I/O queues, and a [`Namespace`] on a queue
+//! reads and writes. The same queue has two forms: a future per command, and a [`CommandStream`] with tokens and batches for
+//! the peak. Completions are polled by the reactor, once a turn; so is the doorbell rung.
+
 #![forbid(unsafe_code)]
+
+mod command;
+mod controller;
+mod error;
+mod identify;
+mod large;
+mod namespace;
+mod permit;
+mod poll;
+mod prp;
+mod queue;
+pub mod spec;
+mod stream;
+
+pub use controller::{Controller, Options, Queue};
+pub use error::{Error, Result};
+pub use identify::{ControllerInfo, parse_list, parse_namespace};
+pub use namespace::{Io, Namespace, NamespaceInfo};
+pub use stream::{Completion, CommandStream, Rejected, Token};

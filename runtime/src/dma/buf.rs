@@ -135,6 +135,12 @@ impl DmaBuf {
         pool.quarantine(this.capacity);
     }
 
+    /// An empty buffer of the same pool, of length and capacity 0: what a driver gives back to its caller in the place of a buffer
+    /// that a device may still write.
+    pub fn stand_in(&self) -> Self {
+        Self { ptr: self.ptr, iova: self.iova, len: 0, capacity: 0, pool: self.pool.clone() }
+    }
+
     /// Makes it memory that the device sees all the time, as queues: no slices, volatile and atomic accesses only. All of its
     /// length counts, and its contents stay.
     pub fn into_shared(self) -> DmaShared {

@@ -1,0 +1,111 @@
+//! Transfers above what one command may carry: split into parts that share one buffer.
+
+use std::{
+    cell::Cell,
+    rc::Rc,
+    task::{Context, Poll},
+};
+
+use vfio_uring::{dma::DmaBuf, reactor::TaskRef};
+
+use crate::{
+    Error, Result,
+    namespace::Namespace,
+    permit::Ticket,
+    queue::{Owned, State},
+    spec::Status,
+};
+
+/// What the parts of a transfer share: each slot holds a reference until its command is done.
+pub(crate) struct Parent {
+    buf: Cell<Option<DmaBuf>>,
+    outstanding: Cell<u32>,
+    /// The first error of a part.
+    status: Cell<Status>,
+    task: Cell<TaskRef>,
+}
+
+impl Parent {
+    /// A part is done.
+    pub(crate) fn finish(&self, status: Status) {
+        if self.status.get().is_ok() {
+            self.status.set(status);
+        }
+        self.outstanding.set(self.outstanding.get() - 1);
+        self.wake();
+    }
+
+    pub(crate) fn wake(&self) {
+        self.task.take().wake();
+    }
+
+    /// The controller may still write the buffer, and nothing will tell when it is done.
+    pub(crate) fn quarantine(&self) {
+        if let Some(buf) = self.buf.take() {
+            buf.quarantine();
+        }
+    }
+}
+
+/// A transfer that is split.
+pub(crate) struct Large {
+    opcode: u8,
+    lba: u64,
+    iova: u64,
+    len: usize,
+    /// Bytes that were submitted.
+    submitted: usize,
+    ticket: Option<Ticket>,
+    parent: Rc<Parent>,
+    /// Comes back when the buffer can't.
+    stand_in: DmaBuf,
+}
+
+impl Large {
+    pub(crate) fn new(opcode: u8, lba: u64, buf: DmaBuf) -> Self {
+        let (iova, len) = (buf.iova(), buf.len());
+        let stand_in = buf.stand_in();
+        let parent = Parent {
+            buf: Cell::new(Some(buf)),
+            outstanding: Cell::new(0),
+            status: Cell::new(Status(0)),
+            task: Cell::default(),
+        };
+        Self { opcode, lba, iova, len, submitted: 0, ticket: None, parent: Rc::new(parent), stand_in }
+    }
+
+    pub(crate) fn poll(&mut self, ns: &Namespace, cx: &Context<'_>) -> Poll<(Result<()>, DmaBuf)> {
+        let queue = &*ns.queue;
+        if queue.dead.get() {
+            let buf = if self.parent.outstanding.get() == 0 { self.parent.buf.take() } else { None };
+            if let Some(ticket) = self.ticket.take() {
+                queue.permits.leave(ticket);
+            }
+            return Poll::Ready((Err(queue.end_error()), buf.unwrap_or_else(|| self.stand_in.stand_in())));
+        }
+        while self.submitted < self.len && self.parent.status.get().is_ok() {
+            if queue.permits.poll_take(&mut self.ticket, cx).is_pending() {
+                self.parent.task.set(TaskRef::current(cx));
+                return Poll::Pending;
+            }
+            let len = (self.len - self.submitted).min(ns.part_len);
+            let sqe = ns.sqe(self.opcode, self.lba + (self.submitted >> ns.shift) as u64, len >> ns.shift);
+            let iova = self.iova + self.submitted as u64;
+            self.parent.outstanding.set(self.parent.outstanding.get() + 1);
+            queue.start(sqe, iova, len, State::Part, Owned::Part(self.parent.clone()));
+            self.submitted += len;
+        }
+        if self.parent.outstanding.get() != 0 {
+            self.parent.task.set(TaskRef::current(cx));
+            return Poll::Pending;
+        }
+        let status = self.parent.status.get();
+        let result = if status.is_ok() { Ok(()) } else { Err(Error::Status(status)) };
+        Poll::Ready((result, self.parent.buf.take().unwrap_or_else(|| self.stand_in.stand_in())))
+    }
+
+    /// The place in the line for a permit, to be left when the future is dropped.
+    pub(crate) fn ticket(&mut self) -> Option<Ticket> {
+        self.ticket.take()
+    }
+}
