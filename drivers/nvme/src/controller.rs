@@ -53,7 +53,7 @@ struct Inner {
     cap: Cap,
     options: Options,
     info: ControllerInfo,
-    namespaces: Vec<NamespaceInfo>,
+    namespaces: Rc<[NamespaceInfo]>,
     admin: Rc<QueuePair>,
     _admin_poller: PollerGuard,
     queues: RefCell<Vec<Rc<QueuePair>>>,
@@ -65,7 +65,9 @@ struct Inner {
 pub struct Queue {
     pair: Rc<QueuePair>,
     _poller: Rc<PollerGuard>,
-    controller: Controller,
+    namespaces: Rc<[NamespaceInfo]>,
+    /// A queue keeps its controller up.
+    _controller: Option<Controller>,
 }
 
 impl Controller {
@@ -79,7 +81,10 @@ impl Controller {
         device.set_bus_master(true).await?;
         let cap = Cap(bar.read::<u64>(register::CAP).await?);
         if !cap.has_nvm() || cap.min_page_shift() != 12 || cap.max_queue_entries() < 2 {
-            let what = format!("has capabilities {:#x}: it needs the NVM command set, pages of 4 KiB, and queues of 2 entries", cap.0);
+            let what = format!(
+                "has capabilities {:#x}: it needs the NVM command set, pages of 4 KiB, and queues of 2 entries",
+                cap.0
+            );
             return Err(Error::Controller(what));
         }
         disable(&bar, cap).await?;
@@ -100,7 +105,7 @@ impl Controller {
             cap,
             options,
             info: ControllerInfo::default(),
-            namespaces,
+            namespaces: namespaces.into(),
             admin,
             _admin_poller: poller,
             queues: RefCell::default(),
@@ -172,8 +177,7 @@ impl Controller {
         // Physically contiguous, no interrupt; the submission queue is served by the completion queue of the same number.
         crate::command::run(&inner.admin, create(admin::CREATE_CQ, cq, 1), None).await.0?;
         crate::command::run(&inner.admin, create(admin::CREATE_SQ, sq, 1 | u32::from(id) << 16), None).await.0?;
-        let poller = Rc::new(register_poller(pair.clone()));
-        Ok(Queue { pair, _poller: poller, controller: self.clone() })
+        Ok(Queue::new(pair, inner.namespaces.clone(), Some(self.clone())))
     }
 
     /// Ends the controller in order: it completes what it works on and makes its cache durable, and is then disabled. Commands
@@ -217,13 +221,35 @@ impl Inner {
 }
 
 impl Queue {
+    fn new(pair: Rc<QueuePair>, namespaces: Rc<[NamespaceInfo]>, controller: Option<Controller>) -> Self {
+        let poller = Rc::new(register_poller(pair.clone()));
+        Self { pair, _poller: poller, namespaces, _controller: controller }
+    }
+
+    /// A queue that the caller has made the controller's side of: for a controller that somebody else brought up, benchmarks
+    /// and fuzzing. `start` is called with the addresses of the submission and the completion queue, before the first command.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for parts that are out of range, [`Error::Runtime`] when the memory is short.
+    pub fn from_parts(parts: Parts, namespaces: &[NamespaceInfo], start: impl FnOnce(u64, u64)) -> Result<Self> {
+        let pair = Rc::new(QueuePair::new(parts)?);
+        let (sq, cq) = pair.ring_iovas();
+        start(sq, cq);
+        Ok(Self::new(pair, namespaces.into(), None))
+    }
+
+    /// The controller is proven to use none of the queue's memory any more: what its commands own is freed with them, instead of
+    /// given up. For queues of [`Queue::from_parts`].
+    pub fn quiesced(&self) {
+        self.pair.quiesce();
+    }
     /// A namespace on this queue.
     ///
     /// # Errors
     /// [`Error::Invalid`] when there is no such active namespace, [`vfio_uring::Error::Unsupported`] for a format with metadata.
     pub fn namespace(&self, nsid: u32) -> Result<Namespace> {
-        let Some(info) = self.controller.namespaces().iter().find(|info| info.nsid == nsid) else {
-            let known: Vec<_> = self.controller.namespaces().iter().map(|info| info.nsid.to_string()).collect();
+        let Some(info) = self.namespaces.iter().find(|info| info.nsid == nsid) else {
+            let known: Vec<_> = self.namespaces.iter().map(|info| info.nsid.to_string()).collect();
             return Err(Error::Invalid(format!("there is no namespace {nsid}; active: {}", known.join(", "))));
         };
         Namespace::new(self.pair.clone(), *info)
@@ -232,11 +258,6 @@ impl Queue {
     /// Commands that can be outstanding at once.
     pub fn depth(&self) -> usize {
         self.pair.slots.len()
-    }
-
-    /// The controller of the queue.
-    pub fn controller(&self) -> &Controller {
-        &self.controller
     }
 }
 

@@ -6,7 +6,7 @@ use vfio_uring::{
     device::{Bar, Device},
     dma::{DmaBuf, HugePages, Pool},
 };
-use zerocopy::{FromBytes, FromZeros, little_endian::U32};
+use zerocopy::{FromBytes, little_endian::U32};
 
 use crate::{
     Error, Result,
@@ -146,12 +146,7 @@ pub(crate) async fn all(
 
 /// One Identify command; its data is copied out of the DMA buffer.
 async fn identify<T: FromBytes>(admin: &Rc<QueuePair>, buf: &mut DmaBuf, cns: u32, nsid: u32) -> Result<T> {
-    let sqe = Sqe {
-        cdw0: u32::from(admin::IDENTIFY).into(),
-        nsid: nsid.into(),
-        cdw10: cns.into(),
-        ..Sqe::default()
-    };
+    let sqe = Sqe { cdw0: u32::from(admin::IDENTIFY).into(), nsid: nsid.into(), cdw10: cns.into(), ..Sqe::default() };
     let stand_in = buf.stand_in();
     let (result, back) = crate::command::run(admin, sqe, Some(std::mem::replace(buf, stand_in))).await;
     if let Some(back) = back {
@@ -164,6 +159,7 @@ async fn identify<T: FromBytes>(admin: &Rc<QueuePair>, buf: &mut DmaBuf, cns: u3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use zerocopy::FromZeros;
 
     #[test]
     fn formats_are_checked() {

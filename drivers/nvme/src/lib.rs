@@ -23,4 +23,5 @@ pub use controller::{Controller, Options, Queue};
 pub use error::{Error, Result};
 pub use identify::{ControllerInfo, parse_list, parse_namespace};
 pub use namespace::{Io, Namespace, NamespaceInfo};
-pub use stream::{Completion, CommandStream, Rejected, Token};
+pub use queue::{MAX_SLOTS, MAX_TRANSFER, Parts};
+pub use stream::{CommandStream, Completion, Rejected, Token};

@@ -52,8 +52,10 @@ impl Namespace {
         // Commands count blocks in 16 bits.
         let part_len = queue.max_transfer.min(0x10000usize << shift) >> shift << shift;
         if !info.block_size.is_power_of_two() || info.block_size < 512 || part_len == 0 {
-            let what = format!("namespace {} has blocks of {} bytes, which the transfer limit of {} bytes does not allow",
-                info.nsid, info.block_size, queue.max_transfer);
+            let what = format!(
+                "namespace {} has blocks of {} bytes, which the transfer limit of {} bytes does not allow",
+                info.nsid, info.block_size, queue.max_transfer
+            );
             return Err(Error::Runtime(vfio_uring::Error::Unsupported { what }));
         }
         Ok(Self { queue, info, shift, part_len })
@@ -165,9 +167,18 @@ pub struct Io<'a> {
 }
 
 enum Stage {
-    Start { opcode: u8, lba: u64, buf: DmaBuf },
+    Start {
+        opcode: u8,
+        lba: u64,
+        buf: DmaBuf,
+    },
     /// In the line for a slot.
-    Queued { opcode: u8, lba: u64, buf: DmaBuf, ticket: Option<Ticket> },
+    Queued {
+        opcode: u8,
+        lba: u64,
+        buf: DmaBuf,
+        ticket: Option<Ticket>,
+    },
     Submitted(u16),
     Large(Box<Large>),
     Over,
@@ -216,7 +227,8 @@ impl Io<'_> {
     fn submit(&mut self, opcode: u8, lba: u64, buf: DmaBuf, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
         let queue = &*self.ns.queue;
         let (iova, len) = (buf.iova(), buf.len());
-        let index = queue.start(self.ns.sqe(opcode, lba, len >> self.ns.shift), iova, len, State::Waiting, Owned::Buffer(buf));
+        let index =
+            queue.start(self.ns.sqe(opcode, lba, len >> self.ns.shift), iova, len, State::Waiting, Owned::Buffer(buf));
         queue.wait(index, cx);
         self.stage = Stage::Submitted(index);
         Poll::Pending

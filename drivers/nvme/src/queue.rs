@@ -183,7 +183,9 @@ impl QueuePair {
             return Err(Error::Invalid(format!("a queue of {count} slots: it can have 1 to {MAX_SLOTS}")));
         }
         if max_transfer == 0 || max_transfer > MAX_TRANSFER || !max_transfer.is_multiple_of(prp::PAGE) {
-            return Err(Error::Invalid(format!("a transfer limit of {max_transfer} bytes: whole pages up to {MAX_TRANSFER}")));
+            return Err(Error::Invalid(format!(
+                "a transfer limit of {max_transfer} bytes: whole pages up to {MAX_TRANSFER}"
+            )));
         }
         let entries = count + 1;
         let sq = DmaRing::new(memory.alloc(entries * size_of::<Sqe>())?.into_shared())?;
