@@ -2,12 +2,12 @@
 
 use std::{future::poll_fn, rc::Rc, task::Poll};
 
-use vfio_uring::dma::DmaBuf;
+use vfio_uring::{dma::DmaBuf, reactor::TaskRef};
 
 use crate::{
     Result,
-    permit::Ticket,
-    queue::{Owned, QueuePair, State},
+    line::Ticket,
+    queue::{QueuePair, State},
     spec::Sqe,
 };
 
@@ -20,9 +20,7 @@ struct Pending<'a> {
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        if let Some(ticket) = self.ticket {
-            self.queue.permits.leave(ticket);
-        }
+        self.queue.leave_line(&mut self.ticket);
         if let Some(index) = self.index {
             self.queue.orphan(index);
         }
@@ -35,10 +33,13 @@ pub(crate) async fn run(queue: &Rc<QueuePair>, sqe: Sqe, mut buf: Option<DmaBuf>
     let mut pending = Pending { queue, ticket: None, index: None };
     poll_fn(|cx| {
         if let Some(index) = pending.index {
-            if let Some((outcome, owned)) = queue.take_done(index) {
+            let slot = queue.slot(index);
+            if slot.state.get() == State::Done {
                 pending.index = None;
-                let buf = if let Owned::Buffer(buf) = owned { Some(buf) } else { None };
-                return Poll::Ready((outcome.into_result(), buf));
+                let result = queue.extras[usize::from(index)].result.get();
+                let (outcome, buf) = (slot.outcome().map(|()| result), slot.buf.take());
+                queue.free_slot(index);
+                return Poll::Ready((outcome, buf));
             }
             if queue.dead.get() {
                 return Poll::Ready((Err(queue.end_error()), None));
@@ -49,13 +50,12 @@ pub(crate) async fn run(queue: &Rc<QueuePair>, sqe: Sqe, mut buf: Option<DmaBuf>
         if queue.dead.get() {
             return Poll::Ready((Err(queue.end_error()), buf.take()));
         }
-        if queue.permits.poll_take(&mut pending.ticket, cx).is_pending() {
-            return Poll::Pending;
-        }
-        let (iova, len) = buf.as_ref().map_or((0, 0), |buf| (buf.iova(), buf.len()));
-        let owned = buf.take().map_or(Owned::Nothing, Owned::Buffer);
-        let index = queue.start(sqe, iova, len, State::Waiting, owned);
-        queue.wait(index, cx);
+        let Poll::Ready(index) = queue.poll_slot(&mut pending.ticket, cx) else { return Poll::Pending };
+        let (prp1, prp2) = buf.as_ref().map_or((0, 0), |buf| queue.prps(index, buf.iova(), buf.len()));
+        let sqe = if buf.is_some() { sqe.prps(prp1, prp2) } else { sqe };
+        let slot = queue.start(index, sqe, State::Command);
+        slot.buf.set(buf.take());
+        slot.task.set(TaskRef::current(cx));
         pending.index = Some(index);
         Poll::Pending
     })

@@ -85,7 +85,7 @@ impl Controller {
                 "has capabilities {:#x}: it needs the NVM command set, pages of 4 KiB, and queues of 2 entries",
                 cap.0
             );
-            return Err(Error::Controller(what));
+            return Err(Error::controller(what));
         }
         disable(&bar, cap).await?;
         let slots = ADMIN_SLOTS.min(cap.max_queue_entries() as usize - 1);
@@ -149,15 +149,15 @@ impl Controller {
     /// completions are polled for by the reactor of this thread.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a depth of 0 or above 4095, or when all queues are in use; [`Error::Status`] from the controller.
+    /// [`vfio_uring::Error::Invalid`] for a depth of 0 or above 4095, or when all queues are in use; [`Error::Status`] from the controller.
     pub async fn create_queue(&self, depth: usize) -> Result<Queue> {
         let inner = &*self.0;
         if !(1..=MAX_SLOTS).contains(&depth) {
-            return Err(Error::Invalid(format!("a queue depth of {depth}: it can be 1 to {MAX_SLOTS}")));
+            return Err(Error::invalid(format!("a queue depth of {depth}: it can be 1 to {MAX_SLOTS}")));
         }
         let id = inner.next_queue.get();
         if id > inner.info.io_queues {
-            return Err(Error::Invalid(format!("all {} I/O queues of the controller are in use", inner.info.io_queues)));
+            return Err(Error::invalid(format!("all {} I/O queues of the controller are in use", inner.info.io_queues)));
         }
         // A number is not used again, also when the queue can't be made.
         inner.next_queue.set(id + 1);
@@ -167,13 +167,7 @@ impl Controller {
         inner.queues.borrow_mut().push(pair.clone());
         let (sq, cq) = pair.ring_iovas();
         let size_and_id = (slots as u32) << 16 | u32::from(id);
-        let create = |opcode: u8, iova: u64, dword11: u32| Sqe {
-            cdw0: u32::from(opcode).into(),
-            prp1: iova.into(),
-            cdw10: size_and_id.into(),
-            cdw11: dword11.into(),
-            ..Sqe::default()
-        };
+        let create = |opcode: u8, iova: u64, dword11: u32| Sqe::new(opcode, 0).prps(iova, 0).dwords10(size_and_id, dword11);
         // Physically contiguous, no interrupt; the submission queue is served by the completion queue of the same number.
         crate::command::run(&inner.admin, create(admin::CREATE_CQ, cq, 1), None).await.0?;
         crate::command::run(&inner.admin, create(admin::CREATE_SQ, sq, 1 | u32::from(id) << 16), None).await.0?;
@@ -209,12 +203,7 @@ impl Inner {
     async fn negotiate_queues(&self) -> Result<u16> {
         // Numbers here are less one, and 65535 is not allowed.
         let wanted = u32::from(self.options.io_queues.clamp(1, 65534)) - 1;
-        let sqe = Sqe {
-            cdw0: u32::from(admin::SET_FEATURES).into(),
-            cdw10: admin::FEATURE_QUEUES.into(),
-            cdw11: (wanted << 16 | wanted).into(),
-            ..Sqe::default()
-        };
+        let sqe = Sqe::new(admin::SET_FEATURES, 0).dwords10(admin::FEATURE_QUEUES, wanted << 16 | wanted);
         let granted = crate::command::run(&self.admin, sqe, None).await.0?;
         Ok((granted & 0xffff).min(granted >> 16).min(wanted) as u16 + 1)
     }
@@ -230,7 +219,7 @@ impl Queue {
     /// and fuzzing. `start` is called with the addresses of the submission and the completion queue, before the first command.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for parts that are out of range, [`Error::Runtime`] when the memory is short.
+    /// [`vfio_uring::Error::Invalid`] for parts that are out of range, [`Error::Runtime`] when the memory is short.
     pub fn from_parts(parts: Parts, namespaces: &[NamespaceInfo], start: impl FnOnce(u64, u64)) -> Result<Self> {
         let pair = Rc::new(QueuePair::new(parts)?);
         let (sq, cq) = pair.ring_iovas();
@@ -246,11 +235,11 @@ impl Queue {
     /// A namespace on this queue.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when there is no such active namespace, [`vfio_uring::Error::Unsupported`] for a format with metadata.
+    /// [`vfio_uring::Error::Invalid`] when there is no such active namespace, [`vfio_uring::Error::Unsupported`] for a format with metadata.
     pub fn namespace(&self, nsid: u32) -> Result<Namespace> {
         let Some(info) = self.namespaces.iter().find(|info| info.nsid == nsid) else {
             let known: Vec<_> = self.namespaces.iter().map(|info| info.nsid.to_string()).collect();
-            return Err(Error::Invalid(format!("there is no namespace {nsid}; active: {}", known.join(", "))));
+            return Err(Error::invalid(format!("there is no namespace {nsid}; active: {}", known.join(", "))));
         };
         Namespace::new(self.pair.clone(), *info)
     }
@@ -311,14 +300,14 @@ async fn disable(bar: &Bar, cap: Cap) -> Result<()> {
         }
         if Instant::now() >= until {
             let after = cap.timeout_ms();
-            return Err(Error::Controller(format!("did not become disabled (CSTS.RDY = 0) within {after} ms")));
+            return Err(Error::controller(format!("did not become disabled (CSTS.RDY = 0) within {after} ms")));
         }
         sleep(LOOK_INTERVAL).await;
     }
 }
 
 fn gone() -> Error {
-    Error::Controller("reads as all ones: it is gone, or its memory space is disabled".into())
+    Error::controller("reads as all ones: it is gone, or its memory space is disabled")
 }
 
 /// Waits for CSTS to be what it has to become.
@@ -331,14 +320,14 @@ async fn wait_for(bar: &Bar, until: Instant, what: &str, good: impl Fn(u32) -> b
             return Err(gone());
         }
         if status & csts::CFS != 0 {
-            return Err(Error::Controller(format!("reports a fatal error (CSTS = {status:#x}) and has to be reset")));
+            return Err(Error::controller(format!("reports a fatal error (CSTS = {status:#x}) and has to be reset")));
         }
         if good(status) {
             return Ok(());
         }
         if Instant::now() >= until {
             let after = start.elapsed().as_millis();
-            return Err(Error::Controller(format!("did not become {what} within {after} ms: CSTS = {status:#x}")));
+            return Err(Error::controller(format!("did not become {what} within {after} ms: CSTS = {status:#x}")));
         }
         sleep(pause).await;
         pause = (pause * 2).min(LOOK_INTERVAL);

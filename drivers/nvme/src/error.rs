@@ -4,29 +4,51 @@ use std::sync::Arc;
 
 use crate::spec::Status;
 
-/// Why a command or a step of bring-up failed.
+/// Why a command or a step of bring-up failed. Two words long: a result travels with every command.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// From the runtime: the device, its memory or the ring.
+    /// From the runtime: the device, its memory or the ring, or an argument that is out of range.
     #[error(transparent)]
-    Runtime(#[from] vfio_uring::Error),
+    Runtime(Box<vfio_uring::Error>),
     /// The controller completed the command with an error.
     #[error("the controller failed the command: {0}")]
     Status(Status),
-    /// An argument that the device can't take.
-    #[error("{0}")]
-    Invalid(String),
-    /// The controller did not do what it must, or in time.
-    #[error("the NVMe controller {0}")]
-    Controller(String),
+    /// The controller did not do what it must, or not in time.
+    #[error("the NVMe controller {}", .0.what)]
+    Controller(Box<Fault>),
     /// The queue ended; every pending command ends with this.
     #[error("the queue has ended: {0}")]
     Ended(Arc<Error>),
     /// The queue has no free slot: take completions first.
     #[error("all {0} slots of the queue are in use")]
-    Full(usize),
+    Full(u32),
+}
+
+const _: () = assert!(size_of::<Error>() == 16);
+
+/// What a controller did wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// A sentence whose subject is the controller.
+    pub what: String,
 }
 
 /// The driver's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn invalid(what: impl Into<String>) -> Self {
+        vfio_uring::Error::invalid(what).into()
+    }
+
+    pub(crate) fn controller(what: impl Into<String>) -> Self {
+        Self::Controller(Box::new(Fault { what: what.into() }))
+    }
+}
+
+impl From<vfio_uring::Error> for Error {
+    fn from(error: vfio_uring::Error) -> Self {
+        Self::Runtime(Box::new(error))
+    }
+}

@@ -76,7 +76,7 @@ pub fn parse_namespace(nsid: u32, data: &IdentifyNamespace) -> Result<Option<Nam
     let shift = format >> 16 & 0xff;
     if !(9..=16).contains(&shift) || u64::MAX >> shift < data.nsze.get() {
         let what = format!("gives namespace {nsid} {} blocks of 2^{shift} bytes", data.nsze);
-        return Err(Error::Controller(what));
+        return Err(Error::controller(what));
     }
     Ok(Some(NamespaceInfo { nsid, blocks: data.nsze.get(), block_size: 1 << shift, metadata: format as u16 }))
 }
@@ -90,7 +90,7 @@ pub fn parse_list(after: u32, list: &[U32]) -> Result<Vec<u32>> {
     let mut found = Vec::new();
     for nsid in list.iter().map(|nsid| nsid.get()).take_while(|&nsid| nsid != 0) {
         if nsid <= last {
-            return Err(Error::Controller(format!("lists namespace {nsid} after {last}")));
+            return Err(Error::controller(format!("lists namespace {nsid} after {last}")));
         }
         last = nsid;
         found.push(nsid);
@@ -146,14 +146,14 @@ pub(crate) async fn all(
 
 /// One Identify command; its data is copied out of the DMA buffer.
 async fn identify<T: FromBytes>(admin: &Rc<QueuePair>, buf: &mut DmaBuf, cns: u32, nsid: u32) -> Result<T> {
-    let sqe = Sqe { cdw0: u32::from(admin::IDENTIFY).into(), nsid: nsid.into(), cdw10: cns.into(), ..Sqe::default() };
+    let sqe = Sqe::new(admin::IDENTIFY, nsid).dwords10(cns, 0);
     let stand_in = buf.stand_in();
     let (result, back) = crate::command::run(admin, sqe, Some(std::mem::replace(buf, stand_in))).await;
     if let Some(back) = back {
         *buf = back;
     }
     result?;
-    T::read_from_bytes(buf).map_err(|_| Error::Controller("ended during Identify".into()))
+    T::read_from_bytes(buf).map_err(|_| Error::controller("ended during Identify"))
 }
 
 #[cfg(test)]

@@ -8,13 +8,7 @@ use std::{
 
 use vfio_uring::{dma::DmaBuf, reactor::TaskRef};
 
-use crate::{
-    Error, Result,
-    namespace::Namespace,
-    permit::Ticket,
-    queue::{Owned, State},
-    spec::Status,
-};
+use crate::{Error, Result, line::Ticket, namespace::Namespace, queue::State, spec::Status};
 
 /// What the parts of a transfer share: each slot holds a reference until its command is done.
 pub(crate) struct Parent {
@@ -78,21 +72,21 @@ impl Large {
         let queue = &*ns.queue;
         if queue.dead.get() {
             let buf = if self.parent.outstanding.get() == 0 { self.parent.buf.take() } else { None };
-            if let Some(ticket) = self.ticket.take() {
-                queue.permits.leave(ticket);
-            }
+            self.leave(ns);
             return Poll::Ready((Err(queue.end_error()), buf.unwrap_or_else(|| self.stand_in.stand_in())));
         }
         while self.submitted < self.len && self.parent.status.get().is_ok() {
-            if queue.permits.poll_take(&mut self.ticket, cx).is_pending() {
+            let Poll::Ready(index) = queue.poll_slot(&mut self.ticket, cx) else {
                 self.parent.task.set(TaskRef::current(cx));
                 return Poll::Pending;
-            }
+            };
             let len = (self.len - self.submitted).min(ns.part_len);
             let sqe = ns.sqe(self.opcode, self.lba + (self.submitted >> ns.shift) as u64, len >> ns.shift);
             let iova = self.iova + self.submitted as u64;
             self.parent.outstanding.set(self.parent.outstanding.get() + 1);
-            queue.start(sqe, iova, len, State::Part, Owned::Part(self.parent.clone()));
+            let (prp1, prp2) = queue.prps(index, iova, len);
+            queue.extras[usize::from(index)].parent.set(Some(self.parent.clone()));
+            queue.start(index, sqe.prps(prp1, prp2), State::Part);
             self.submitted += len;
         }
         if self.parent.outstanding.get() != 0 {
@@ -104,8 +98,8 @@ impl Large {
         Poll::Ready((result, self.parent.buf.take().unwrap_or_else(|| self.stand_in.stand_in())))
     }
 
-    /// The place in the line for a permit, to be left when the future is dropped.
-    pub(crate) fn ticket(&mut self) -> Option<Ticket> {
-        self.ticket.take()
+    /// Leaves the line for a slot.
+    pub(crate) fn leave(&mut self, ns: &Namespace) {
+        ns.queue.leave_line(&mut self.ticket);
     }
 }

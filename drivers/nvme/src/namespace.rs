@@ -7,13 +7,13 @@ use std::{
     task::{Context, Poll},
 };
 
-use vfio_uring::dma::DmaBuf;
+use vfio_uring::{dma::DmaBuf, reactor::TaskRef};
 
 use crate::{
     Error, Result,
     large::Large,
-    permit::Ticket,
-    queue::{Owned, QueuePair, State},
+    line::Ticket,
+    queue::{QueuePair, State},
     spec::{Sqe, nvm},
     stream::CommandStream,
 };
@@ -46,7 +46,7 @@ impl Namespace {
     pub(crate) fn new(queue: Rc<QueuePair>, info: NamespaceInfo) -> Result<Self> {
         if info.metadata != 0 {
             let what = format!("namespace {} has {} bytes of metadata a block; format it without", info.nsid, info.metadata);
-            return Err(Error::Runtime(vfio_uring::Error::Unsupported { what }));
+            return Err(vfio_uring::Error::Unsupported { what }.into());
         }
         let shift = info.block_size.trailing_zeros();
         // Commands count blocks in 16 bits.
@@ -56,7 +56,7 @@ impl Namespace {
                 "namespace {} has blocks of {} bytes, which the transfer limit of {} bytes does not allow",
                 info.nsid, info.block_size, queue.max_transfer
             );
-            return Err(Error::Runtime(vfio_uring::Error::Unsupported { what }));
+            return Err(vfio_uring::Error::Unsupported { what }.into());
         }
         Ok(Self { queue, info, shift, part_len })
     }
@@ -83,17 +83,17 @@ impl Namespace {
     /// buffer returns to its pool when it is done.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a length that is no multiple of the block size, a range beyond the end, or a buffer of another
+    /// [`vfio_uring::Error::Invalid`] for a length that is no multiple of the block size, a range beyond the end, or a buffer of another
     /// device; [`Error::Status`] when the controller says so; [`Error::Ended`] when the queue has ended.
     #[inline]
     pub fn read(&self, lba: u64, buf: DmaBuf) -> Io<'_> {
-        Io { ns: self, stage: Stage::Start { opcode: nvm::READ, lba, buf } }
+        Io::new(self, nvm::READ, lba, buf)
     }
 
     /// Writes `buf` to block `lba` and on, as [`Namespace::read`] reads.
     #[inline]
     pub fn write(&self, lba: u64, buf: DmaBuf) -> Io<'_> {
-        Io { ns: self, stage: Stage::Start { opcode: nvm::WRITE, lba, buf } }
+        Io::new(self, nvm::WRITE, lba, buf)
     }
 
     /// Makes what was written durable.
@@ -101,14 +101,14 @@ impl Namespace {
     /// # Errors
     /// [`Error::Status`] and [`Error::Ended`], as for reads.
     pub async fn flush(&self) -> Result<()> {
-        let sqe = Sqe { cdw0: u32::from(nvm::FLUSH).into(), nsid: self.info.nsid.into(), ..Sqe::default() };
+        let sqe = Sqe::new(nvm::FLUSH, self.info.nsid);
         crate::command::run(&self.queue, sqe, None).await.0.map(drop)
     }
 
     /// The queue as a completion stream: a token a command, completions in batches. There is one at a time for a queue.
     ///
     /// # Errors
-    /// [`Error::Invalid`] while there is another.
+    /// [`vfio_uring::Error::Invalid`] while there is another.
     pub fn stream(&self) -> Result<CommandStream> {
         CommandStream::new(self.clone())
     }
@@ -130,7 +130,7 @@ impl Namespace {
     #[cold]
     fn refuse(&self, lba: u64, buf: &DmaBuf) -> Error {
         let (len, size, blocks) = (buf.len(), self.info.block_size, self.info.blocks);
-        Error::Invalid(if len == 0 || !len.is_multiple_of(size as usize) {
+        Error::invalid(if len == 0 || !len.is_multiple_of(size as usize) {
             format!("a transfer of {len} bytes: it has to be a multiple of the block size, {size} bytes, and not 0")
         } else if buf.space_id() != self.queue.space_id {
             "the buffer is mapped for another device: allocate it from a pool of this device's address space".into()
@@ -142,14 +142,7 @@ impl Namespace {
     /// The SQE of a read or write, but for its memory.
     #[inline]
     pub(crate) fn sqe(&self, opcode: u8, lba: u64, blocks: usize) -> Sqe {
-        Sqe {
-            cdw0: u32::from(opcode).into(),
-            nsid: self.info.nsid.into(),
-            cdw10: (lba as u32).into(),
-            cdw11: ((lba >> 32) as u32).into(),
-            cdw12: (blocks as u32 - 1).into(),
-            ..Sqe::default()
-        }
+        Sqe::new(opcode, self.info.nsid).dwords10(lba as u32, (lba >> 32) as u32).dword12(blocks as u32 - 1)
     }
 }
 
@@ -163,25 +156,28 @@ impl std::fmt::Debug for Namespace {
 #[must_use = "a command is submitted when it is first polled"]
 pub struct Io<'a> {
     ns: &'a Namespace,
+    lba: u64,
+    /// Here until the command is submitted.
+    buf: Option<DmaBuf>,
+    slow: Option<Box<Slow>>,
     stage: Stage,
+    index: u16,
+    opcode: u8,
 }
 
+#[derive(Clone, Copy)]
 enum Stage {
-    Start {
-        opcode: u8,
-        lba: u64,
-        buf: DmaBuf,
-    },
-    /// In the line for a slot.
-    Queued {
-        opcode: u8,
-        lba: u64,
-        buf: DmaBuf,
-        ticket: Option<Ticket>,
-    },
-    Submitted(u16),
-    Large(Box<Large>),
+    Start,
+    Submitted,
+    Slow,
     Over,
+}
+
+/// What does not go straight to a slot.
+enum Slow {
+    /// In the line for one.
+    Queued(Option<Ticket>),
+    Large(Large),
 }
 
 impl Future for Io<'_> {
@@ -189,106 +185,138 @@ impl Future for Io<'_> {
 
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Stage::Submitted(index) = self.stage else { return self.poll_start(cx) };
-        let queue = &*self.ns.queue;
-        match queue.take_done(index) {
-            Some((outcome, Owned::Buffer(buf))) => {
-                self.stage = Stage::Over;
-                Poll::Ready((outcome.into_result().map(drop), buf))
-            }
-            _ if queue.dead.get() => self.poll_dead(index),
-            _ => {
-                queue.wait(index, cx);
+        let this = &mut *self;
+        let queue = &*this.ns.queue;
+        match this.stage {
+            Stage::Submitted => {
+                let slot = queue.slot(this.index);
+                if slot.state.get() == State::Done
+                    && let Some(buf) = slot.buf.take()
+                {
+                    this.stage = Stage::Over;
+                    let outcome = slot.outcome();
+                    queue.free_slot(this.index);
+                    return Poll::Ready((outcome, buf));
+                }
+                if queue.dead.get() {
+                    return this.poll_dead();
+                }
+                queue.wait(this.index, cx);
                 Poll::Pending
             }
+            Stage::Start => {
+                let Some(buf) = this.buf.take() else { over() };
+                match this.ns.check(this.lba, &buf) {
+                    Ok(_) if buf.len() <= this.ns.part_len => match queue.take_slot() {
+                        Some(index) => {
+                            this.submit(index, buf, cx);
+                            Poll::Pending
+                        }
+                        None => this.poll_aside(Ok(0), buf, cx),
+                    },
+                    checked => this.poll_aside(checked, buf, cx),
+                }
+            }
+            Stage::Slow => this.poll_slow(cx),
+            Stage::Over => over(),
         }
     }
 }
 
-impl Io<'_> {
+#[cold]
+fn over() -> ! {
+    panic!("a future is not polled after its end")
+}
+
+impl<'a> Io<'a> {
     #[inline]
-    fn poll_start(&mut self, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
-        let queue = &*self.ns.queue;
-        match std::mem::replace(&mut self.stage, Stage::Over) {
-            Stage::Start { opcode, lba, buf } => match self.ns.check(lba, &buf) {
-                _ if queue.dead.get() => Poll::Ready((Err(queue.end_error()), buf)),
-                Err(error) => Poll::Ready((Err(error), buf)),
-                Ok(_) if buf.len() > self.ns.part_len => self.poll_large(Box::new(Large::new(opcode, lba, buf)), cx),
-                Ok(_) if queue.permits.try_take() => self.submit(opcode, lba, buf, cx),
-                Ok(_) => self.poll_queued(opcode, lba, buf, None, cx),
-            },
-            Stage::Queued { opcode, lba, buf, ticket } => self.poll_queued(opcode, lba, buf, ticket, cx),
-            Stage::Large(large) => self.poll_large(large, cx),
-            Stage::Submitted(_) | Stage::Over => panic!("a future is not polled after its end"),
-        }
+    fn new(ns: &'a Namespace, opcode: u8, lba: u64, buf: DmaBuf) -> Self {
+        Self { ns, lba, buf: Some(buf), slow: None, stage: Stage::Start, index: 0, opcode }
     }
 
+    /// Submits the command in the slot that was taken.
     #[inline]
-    fn submit(&mut self, opcode: u8, lba: u64, buf: DmaBuf, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
+    fn submit(&mut self, index: u16, buf: DmaBuf, cx: &Context<'_>) {
         let queue = &*self.ns.queue;
-        let (iova, len) = (buf.iova(), buf.len());
-        let index =
-            queue.start(self.ns.sqe(opcode, lba, len >> self.ns.shift), iova, len, State::Waiting, Owned::Buffer(buf));
-        queue.wait(index, cx);
-        self.stage = Stage::Submitted(index);
-        Poll::Pending
+        let (prp1, prp2) = queue.prps(index, buf.iova(), buf.len());
+        let sqe = self.ns.sqe(self.opcode, self.lba, buf.len() >> self.ns.shift).prps(prp1, prp2);
+        let slot = queue.start(index, sqe, State::Waiting);
+        slot.buf.set(Some(buf));
+        slot.task.set(TaskRef::current(cx));
+        self.index = index;
+        self.stage = Stage::Submitted;
     }
 
-    fn poll_queued(
-        &mut self,
-        opcode: u8,
-        lba: u64,
-        buf: DmaBuf,
-        mut ticket: Option<Ticket>,
-        cx: &Context<'_>,
-    ) -> Poll<<Self as Future>::Output> {
+    /// The first poll of what can't be submitted at once.
+    #[cold]
+    fn poll_aside(&mut self, checked: Result<u64>, buf: DmaBuf, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
         let queue = &*self.ns.queue;
+        self.stage = Stage::Over;
         if queue.dead.get() {
-            if let Some(ticket) = ticket {
-                queue.permits.leave(ticket);
-            }
             return Poll::Ready((Err(queue.end_error()), buf));
         }
-        if queue.permits.poll_take(&mut ticket, cx).is_ready() {
-            return self.submit(opcode, lba, buf, cx);
+        if let Err(error) = checked {
+            return Poll::Ready((Err(error), buf));
         }
-        self.stage = Stage::Queued { opcode, lba, buf, ticket };
-        Poll::Pending
+        self.slow = Some(Box::new(if buf.len() > self.ns.part_len {
+            Slow::Large(Large::new(self.opcode, self.lba, buf))
+        } else {
+            self.buf = Some(buf);
+            Slow::Queued(None)
+        }));
+        self.stage = Stage::Slow;
+        self.poll_slow(cx)
     }
 
-    fn poll_large(&mut self, mut large: Box<Large>, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
-        let poll = large.poll(self.ns, cx);
-        if poll.is_pending() {
-            self.stage = Stage::Large(large);
+    fn poll_slow(&mut self, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
+        let queue = &*self.ns.queue;
+        let result = match self.slow.as_deref_mut() {
+            Some(Slow::Large(large)) => large.poll(self.ns, cx),
+            Some(Slow::Queued(ticket)) => {
+                if queue.dead.get() {
+                    queue.leave_line(ticket);
+                    let Some(buf) = self.buf.take() else { over() };
+                    Poll::Ready((Err(queue.end_error()), buf))
+                } else if let Poll::Ready(index) = queue.poll_slot(ticket, cx) {
+                    let Some(buf) = self.buf.take() else { over() };
+                    self.slow = None;
+                    self.submit(index, buf, cx);
+                    return Poll::Pending;
+                } else {
+                    Poll::Pending
+                }
+            }
+            None => over(),
+        };
+        if result.is_ready() {
+            self.slow = None;
+            self.stage = Stage::Over;
         }
-        poll
+        result
     }
 
     /// The queue has ended with the command under way: its buffer stays in the slot.
     #[cold]
-    fn poll_dead(&mut self, index: u16) -> Poll<<Self as Future>::Output> {
+    fn poll_dead(&mut self) -> Poll<<Self as Future>::Output> {
         let queue = &*self.ns.queue;
-        let stand_in = queue.stand_in(index);
-        queue.orphan(index);
+        let Some(buf) = queue.stand_in(self.index) else { over() };
+        queue.orphan(self.index);
         self.stage = Stage::Over;
-        match stand_in {
-            Some(buf) => Poll::Ready((Err(queue.end_error()), buf)),
-            None => panic!("a future is not polled after its end"),
-        }
+        Poll::Ready((Err(queue.end_error()), buf))
     }
 }
 
 impl Drop for Io<'_> {
+    #[inline]
     fn drop(&mut self) {
-        match &mut self.stage {
-            Stage::Submitted(index) => self.ns.queue.orphan(*index),
-            Stage::Queued { ticket: Some(ticket), .. } => self.ns.queue.permits.leave(*ticket),
-            Stage::Large(large) => {
-                if let Some(ticket) = large.ticket() {
-                    self.ns.queue.permits.leave(ticket);
-                }
-            }
-            _ => {}
+        match self.stage {
+            Stage::Submitted => self.ns.queue.orphan(self.index),
+            Stage::Slow => match self.slow.as_deref_mut() {
+                Some(Slow::Queued(ticket)) => self.ns.queue.leave_line(ticket),
+                Some(Slow::Large(large)) => large.leave(self.ns),
+                None => {}
+            },
+            Stage::Start | Stage::Over => {}
         }
     }
 }

@@ -12,8 +12,8 @@ use vfio_uring::reactor::{Poller, Standby};
 
 use crate::{
     Error,
-    queue::{NONE, Owned, QueuePair, Slot, State, TICKS},
-    spec::{CQE_PHASE_OFFSET, Cqe, Status},
+    queue::{NONE, QueuePair, Slot, State, TICKS},
+    spec::CqeTail,
 };
 
 /// Looks at the queue between two looks at the clock while the reactor spins.
@@ -24,6 +24,9 @@ impl Poller for QueuePair {
     fn poll(&self) -> bool {
         self.ring_sq();
         let found = self.drain();
+        if self.stream.listed.get() != 0 {
+            self.stream.task.take().wake();
+        }
         let looks = self.looks.get().wrapping_add(1);
         self.looks.set(looks);
         if looks.is_multiple_of(CLOCK_INTERVAL) {
@@ -62,26 +65,27 @@ impl QueuePair {
         let mut head = self.cq_head.get();
         let mut phase = self.phase.get();
         let mut taken = 0;
-        // A controller that completes without end has its commands run out, and is found out by that.
-        while !self.dead.get() {
-            match rings.cq.load_u32(head as usize, CQE_PHASE_OFFSET) {
-                Ok(word) if word >> 16 & 1 == phase => {}
-                _ => break,
+        // A controller that completes without end runs out of commands, and is found out by that.
+        loop {
+            let Ok(word) = rings.cq.load_u64(head as usize, CqeTail::OFFSET) else { break };
+            let tail = CqeTail(word);
+            if tail.phase() != phase || self.dead.get() {
+                break;
             }
-            let Ok(cqe) = rings.cq.get(head as usize) else { break };
+            self.complete(tail, head);
             head += 1;
             if head == self.entries {
                 head = 0;
-                phase ^= 1;
+                phase = !phase;
             }
             taken += 1;
-            self.complete(&cqe);
         }
         if taken == 0 {
             return false;
         }
         self.cq_head.set(head);
         self.phase.set(phase);
+        self.in_flight.set(self.in_flight.get().saturating_sub(taken));
         self.cq_taken.set(self.cq_taken.get() + taken);
         // The queue has room for more than all slots, so the controller need not hear of every batch at once.
         if self.cq_taken.get() * 4 >= self.entries {
@@ -90,61 +94,70 @@ impl QueuePair {
         true
     }
 
-    /// Ends the command that a completion names.
+    /// Ends the command that the completion at `head` names.
     #[inline]
-    fn complete(&self, cqe: &Cqe) {
-        let cid = cqe.cid.get();
+    fn complete(&self, tail: CqeTail, head: u32) {
+        let cid = tail.cid();
         let index = cid & self.index_mask;
-        let slot = match self.slots.get(usize::from(index)) {
-            Some(slot) if slot.cid.get() == cid && slot.state.get().in_flight() => slot,
-            _ => return self.break_rule(format!("completes command {cid:#06x}, which is not outstanding")),
+        let Some(slot) = self.slots.get(usize::from(index)).filter(|slot| slot.cid.get() == cid) else {
+            return self.break_rule(tail);
         };
-        if cqe.sq_id.get() != self.id || u32::from(cqe.sq_head.get()) >= self.entries {
-            let (id, head) = (cqe.sq_id.get(), cqe.sq_head.get());
-            return self.break_rule(format!("names submission queue {id} and head {head}, where there is none"));
+        if tail.sq_id() != self.id || u32::from(tail.sq_head()) >= self.entries {
+            return self.break_rule(tail);
         }
-        self.in_flight.set(self.in_flight.get() - 1);
-        let status = Status(cqe.status.get() >> 1);
+        // The next command of the slot has another identifier.
+        slot.cid.set(cid.wrapping_add(self.index_mask + 1));
+        slot.status.set(tail.status());
         match slot.state.get() {
             State::Waiting => {
-                slot.status.set(status);
-                slot.result.set(cqe.dw0.get());
                 slot.state.set(State::Done);
                 slot.task.take().wake();
             }
-            State::Streamed => self.list(index, slot, status),
-            _ => self.complete_aside(index, slot, status),
-        }
-    }
-
-    /// Puts a completed command into the list of the completion stream.
-    #[inline]
-    fn list(&self, index: u16, slot: &Slot, status: Status) {
-        slot.status.set(status);
-        slot.state.set(State::Listed);
-        slot.next.set(NONE);
-        match self.stream.tail.replace(index) {
-            NONE => {
-                self.stream.head.set(index);
-                self.stream.task.take().wake();
+            State::Streamed => {
+                slot.state.set(State::Listed);
+                let stream = &self.stream;
+                let listed = stream.listed.get();
+                // As long as the slots: each is in it once.
+                if let Some(place) = stream.list.get(listed) {
+                    place.set(index);
+                    stream.listed.set(listed + 1);
+                }
             }
-            tail => self.slots[usize::from(tail)].next.set(index),
+            _ => self.complete_aside(index, tail, head),
         }
-    }
-
-    fn complete_aside(&self, index: u16, slot: &Slot, status: Status) {
-        match slot.owned.take() {
-            Owned::Part(parent) => parent.finish(status),
-            // Nobody waits for it any more, and the controller is done with the buffer.
-            Owned::Buffer(buf) => drop(buf),
-            Owned::Nothing => {}
-        }
-        self.free_slot(index);
     }
 
     #[cold]
-    fn break_rule(&self, what: String) {
-        self.end(Error::Runtime(vfio_uring::Error::fault(format!("queue {}: the controller {what}", self.id))));
+    fn complete_aside(&self, index: u16, tail: CqeTail, head: u32) {
+        let (slot, extra) = (self.slot(index), &self.extras[usize::from(index)]);
+        match slot.state.get() {
+            State::Command => {
+                let cqe = self.rings.as_ref().and_then(|rings| rings.cq.get(head as usize).ok());
+                extra.result.set(cqe.map_or(0, |cqe| cqe.result()));
+                slot.state.set(State::Done);
+                slot.task.take().wake();
+            }
+            State::Part | State::Orphaned => {
+                if let Some(parent) = extra.parent.take() {
+                    parent.finish(tail.status());
+                }
+                // If there is a buffer, nobody waits for it any more, and the controller is done with it.
+                drop(slot.buf.take());
+                self.free_slot(index);
+            }
+            _ => self.break_rule(tail),
+        }
+    }
+
+    /// Ends the queue, as its completion can't be.
+    #[cold]
+    fn break_rule(&self, tail: CqeTail) {
+        let (cid, sq, head) = (tail.cid(), tail.sq_id(), tail.sq_head());
+        let what = format!(
+            "queue {} got a completion for command {cid:#06x} of submission queue {sq} at head {head}, which is not outstanding",
+            self.id
+        );
+        self.end(vfio_uring::Error::fault(what).into());
     }
 
     /// Ends the queue: every pending command ends with `error`, and its memory stays where it is until the controller is
@@ -155,18 +168,16 @@ impl QueuePair {
         }
         tracing::warn!(queue = self.id, %error, "an NVMe queue has ended");
         *self.ended.borrow_mut() = Some(Arc::new(error));
-        for slot in self.slots.iter().filter(|slot| slot.state.get().in_flight()) {
+        self.free.set(NONE);
+        for (slot, extra) in self.slots.iter().zip(&self.extras).filter(|(slot, _)| slot.state.get().in_flight()) {
             slot.task.take().wake();
-            if slot.state.get() == State::Part {
-                let owned = slot.owned.take();
-                if let Owned::Part(parent) = &owned {
-                    parent.wake();
-                }
-                slot.owned.set(owned);
+            if let Some(parent) = extra.parent.take() {
+                parent.wake();
+                extra.parent.set(Some(parent));
             }
         }
         self.stream.task.take().wake();
-        self.permits.wake_all();
+        self.line.wake_all();
     }
 
     /// Ends the queue when its device is gone or a command takes too long.
@@ -180,22 +191,22 @@ impl QueuePair {
         if now < self.next_tick.get() {
             return;
         }
-        self.next_tick.set(now + self.timeout / TICKS + Duration::from_micros(1));
+        self.next_tick.set(now + self.timeout / u32::from(TICKS) + Duration::from_micros(1));
         let ticks = self.ticks.get().wrapping_add(1);
         self.ticks.set(ticks);
         let late = |slot: &&Slot| slot.state.get().in_flight() && ticks.wrapping_sub(slot.tick.get()) > TICKS + 1;
         if let Some(slot) = self.slots.iter().find(late) {
             let what = format!("command {:#06x} of queue {}", slot.cid.get(), self.id);
-            self.end(Error::Runtime(vfio_uring::Error::Timeout { what, after: self.timeout }));
+            self.end(vfio_uring::Error::Timeout { what, after: self.timeout }.into());
         }
     }
 
     /// The controller is proven to be done with all memory of the queue: what its commands own is freed.
     pub(crate) fn quiesce(self: &Rc<Self>) {
-        self.end(Error::Controller("was shut down".into()));
+        self.end(Error::controller("was shut down"));
         self.quiesced.set(true);
         for slot in self.slots.iter().filter(|slot| slot.state.get() == State::Orphaned) {
-            drop(slot.owned.take());
+            drop(slot.buf.take());
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
     cell::{Cell, RefCell},
     rc::Rc,
     sync::Arc,
-    task::Context,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -21,13 +21,13 @@ use vfio_uring::{
 use crate::{
     Error, Result,
     large::Parent,
-    permit::Permits,
+    line::{Line, Ticket},
     prp,
     spec::{Cqe, Sqe, Status},
 };
 
 /// Ticks of the queue's clock that a command may take: its timeout is divided into so many.
-pub(crate) const TICKS: u32 = 8;
+pub(crate) const TICKS: u8 = 8;
 /// Most slots of a queue: it leaves 4 bits of a command identifier for the generation.
 pub const MAX_SLOTS: usize = 4095;
 /// Largest transfer of one command: what one page of PRPs names.
@@ -62,75 +62,78 @@ impl Parts {
     }
 }
 
-/// What a slot's command is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a slot's command is doing. Those that the controller may be working on come first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 pub(crate) enum State {
-    Free,
     /// Submitted; its future waits.
     Waiting,
-    /// Completed; its future has not looked yet.
-    Done,
-    /// Submitted; its future is gone.
-    Orphaned,
     /// Submitted through the completion stream.
     Streamed,
-    /// Completed, in the list of the completion stream.
-    Listed,
+    /// Submitted; its future waits for the result, too.
+    Command,
     /// Submitted; a part of a larger transfer.
     Part,
+    /// Submitted; its future is gone.
+    Orphaned,
+    /// Completed; its future has not looked yet.
+    Done,
+    /// Completed, in the list of the completion stream.
+    Listed,
+    Free,
 }
 
 impl State {
     /// Whether the controller may still use the command's memory.
+    #[inline]
     pub(crate) fn in_flight(self) -> bool {
-        matches!(self, Self::Waiting | Self::Orphaned | Self::Streamed | Self::Part)
+        self <= Self::Orphaned
     }
 }
 
-/// What a slot keeps for its command.
-#[derive(Default)]
-pub(crate) enum Owned {
-    #[default]
-    Nothing,
-    Buffer(DmaBuf),
-    Part(Rc<Parent>),
-}
-
+/// What every command needs of its slot: one cache line.
+#[repr(align(64))]
 pub(crate) struct Slot {
-    pub(crate) state: Cell<State>,
+    /// The command's buffer.
+    pub(crate) buf: Cell<Option<DmaBuf>>,
+    pub(crate) task: Cell<TaskRef>,
     /// The identifier of the slot's command: its index below, a generation above.
     pub(crate) cid: Cell<u16>,
-    /// The next free slot, or the next one in the stream's list.
+    /// The next free slot.
     pub(crate) next: Cell<u16>,
     pub(crate) status: Cell<Status>,
-    pub(crate) result: Cell<u32>,
+    pub(crate) state: Cell<State>,
     /// The queue's tick at the submission.
-    pub(crate) tick: Cell<u32>,
-    pub(crate) task: Cell<TaskRef>,
-    pub(crate) owned: Cell<Owned>,
+    pub(crate) tick: Cell<u8>,
+}
+
+const _: () = assert!(size_of::<Slot>() == 64);
+
+/// What few commands need.
+#[derive(Default)]
+pub(crate) struct Extra {
+    /// Dword 0 of the completion.
+    pub(crate) result: Cell<u32>,
+    /// The transfer that the command is a part of, and whose buffer it uses.
+    pub(crate) parent: Cell<Option<Rc<Parent>>>,
 }
 
 /// No slot.
 pub(crate) const NONE: u16 = u16::MAX;
 
-/// How a command ended.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Outcome {
-    pub(crate) status: Status,
-    /// Dword 0 of the completion.
-    pub(crate) result: u32,
-}
-
-impl Outcome {
-    pub(crate) fn into_result(self) -> Result<u32> {
-        if self.status.is_ok() { Ok(self.result) } else { Err(Error::Status(self.status)) }
+impl Slot {
+    /// How the command ended.
+    #[inline]
+    pub(crate) fn outcome(&self) -> Result<()> {
+        let status = self.status.get();
+        if status.is_ok() { Ok(()) } else { Err(Error::Status(status)) }
     }
 }
 
-/// Completed commands of the completion stream, in order, linked through their slots.
-pub(crate) struct StreamList {
-    pub(crate) head: Cell<u16>,
-    pub(crate) tail: Cell<u16>,
+/// The completion stream of a queue.
+pub(crate) struct StreamState {
+    /// Slots of completed commands, in order; the first `listed`.
+    pub(crate) list: Box<[Cell<u16>]>,
+    pub(crate) listed: Cell<usize>,
     pub(crate) in_flight: Cell<u32>,
     pub(crate) task: Cell<TaskRef>,
     pub(crate) taken: Cell<bool>,
@@ -148,12 +151,14 @@ pub(crate) struct QueuePair {
     /// Taken when the queue is dropped.
     pub(crate) rings: Option<Rings>,
     pub(crate) slots: Box<[Slot]>,
+    pub(crate) extras: Box<[Extra]>,
     /// Mask of a slot's index in a command identifier.
     pub(crate) index_mask: u16,
     pub(crate) entries: u32,
-    free: Cell<u16>,
+    /// The first free slot; [`NONE`] also once the queue has ended.
+    pub(crate) free: Cell<u16>,
     pub(crate) in_flight: Cell<u32>,
-    pub(crate) permits: Permits,
+    pub(crate) line: Line,
     pub(crate) sq_doorbell: Posted<u32>,
     pub(crate) cq_doorbell: Posted<u32>,
     pub(crate) sq_tail: Cell<u32>,
@@ -161,12 +166,12 @@ pub(crate) struct QueuePair {
     pub(crate) cq_head: Cell<u32>,
     /// Completions taken since the completion queue's doorbell was rung.
     pub(crate) cq_taken: Cell<u32>,
-    pub(crate) phase: Cell<u32>,
+    pub(crate) phase: Cell<bool>,
     pub(crate) max_transfer: usize,
     pub(crate) space_id: u64,
-    pub(crate) stream: StreamList,
+    pub(crate) stream: StreamState,
     pub(crate) looks: Cell<u32>,
-    pub(crate) ticks: Cell<u32>,
+    pub(crate) ticks: Cell<u8>,
     pub(crate) next_tick: Cell<Instant>,
     pub(crate) timeout: Duration,
     pub(crate) device: Option<Device>,
@@ -180,10 +185,10 @@ impl QueuePair {
     pub(crate) fn new(parts: Parts) -> Result<Self> {
         let Parts { id, slots: count, memory, max_transfer, sq_doorbell, cq_doorbell, timeout, device } = parts;
         if !(1..=MAX_SLOTS).contains(&count) {
-            return Err(Error::Invalid(format!("a queue of {count} slots: it can have 1 to {MAX_SLOTS}")));
+            return Err(Error::invalid(format!("a queue of {count} slots: it can have 1 to {MAX_SLOTS}")));
         }
         if max_transfer == 0 || max_transfer > MAX_TRANSFER || !max_transfer.is_multiple_of(prp::PAGE) {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "a transfer limit of {max_transfer} bytes: whole pages up to {MAX_TRANSFER}"
             )));
         }
@@ -196,36 +201,36 @@ impl QueuePair {
             false => None,
         };
         let slot = |index: usize| Slot {
-            state: Cell::new(State::Free),
+            buf: Cell::default(),
+            task: Cell::default(),
             cid: Cell::new(index as u16),
             next: Cell::new(if index + 1 < count { index as u16 + 1 } else { NONE }),
             status: Cell::new(Status(0)),
-            result: Cell::new(0),
+            state: Cell::new(State::Free),
             tick: Cell::new(0),
-            task: Cell::default(),
-            owned: Cell::default(),
         };
         Ok(Self {
             id,
             rings: Some(Rings { sq, cq, lists }),
             slots: (0..count).map(slot).collect(),
+            extras: (0..count).map(|_| Extra::default()).collect(),
             index_mask: (count.next_power_of_two() - 1) as u16,
             entries: entries as u32,
             free: Cell::new(0),
             in_flight: Cell::new(0),
-            permits: Permits::new(count),
+            line: Line::default(),
             sq_doorbell,
             cq_doorbell,
             sq_tail: Cell::new(0),
             sq_rung: Cell::new(0),
             cq_head: Cell::new(0),
             cq_taken: Cell::new(0),
-            phase: Cell::new(1),
+            phase: Cell::new(true),
             max_transfer,
             space_id: memory.space_id(),
-            stream: StreamList {
-                head: Cell::new(NONE),
-                tail: Cell::new(NONE),
+            stream: StreamState {
+                list: (0..count).map(|_| Cell::new(NONE)).collect(),
+                listed: Cell::new(0),
                 in_flight: Cell::new(0),
                 task: Cell::default(),
                 taken: Cell::new(false),
@@ -251,36 +256,57 @@ impl QueuePair {
     pub(crate) fn end_error(&self) -> Error {
         match &*self.ended.borrow() {
             Some(error) => Error::Ended(error.clone()),
-            None => Error::Controller("is shut down".into()),
+            None => Error::controller("is shut down"),
         }
     }
 
-    /// Submits a command on `len` bytes at `iova`; the doorbell follows at the end of the turn. The caller holds a permit, so a
-    /// slot is free. Gives the slot's index.
+    /// Takes a free slot, if there is one. The line is joined when there is none.
     #[inline]
-    pub(crate) fn start(&self, mut sqe: Sqe, iova: u64, len: usize, state: State, owned: Owned) -> u16 {
+    pub(crate) fn take_slot(&self) -> Option<u16> {
         let index = self.free.get();
-        let slot = &self.slots[usize::from(index)];
+        let slot = self.slots.get(usize::from(index))?;
         self.free.set(slot.next.get());
-        let cid = slot.cid.get().wrapping_add(self.index_mask + 1);
-        slot.cid.set(cid);
+        Some(index)
+    }
+
+    /// Waits in the line for a slot.
+    pub(crate) fn poll_slot(&self, ticket: &mut Option<Ticket>, cx: &Context<'_>) -> Poll<u16> {
+        if ticket.is_none()
+            && let Some(index) = self.take_slot()
+        {
+            return Poll::Ready(index);
+        }
+        self.line.poll(ticket, cx)
+    }
+
+    /// Leaves the line.
+    pub(crate) fn leave_line(&self, ticket: &mut Option<Ticket>) {
+        if let Some(index) = ticket.take().and_then(|ticket| self.line.leave(ticket)) {
+            self.free_slot(index);
+        }
+    }
+
+    /// PRP1 and PRP2 of a command in slot `index`.
+    #[inline]
+    pub(crate) fn prps(&self, index: u16, iova: u64, len: usize) -> (u64, u64) {
+        prp::prps(iova, len, index, || self.rings.as_ref()?.lists.as_ref())
+    }
+
+    /// Submits the command of a slot that was taken; the doorbell follows at the end of the turn. The rings have more entries
+    /// than there are slots, so there is room.
+    #[inline]
+    pub(crate) fn start(&self, index: u16, sqe: Sqe, state: State) -> &Slot {
+        let slot = self.slot(index);
         slot.state.set(state);
         slot.tick.set(self.ticks.get());
-        slot.owned.set(owned);
+        let tail = self.sq_tail.get();
         if let Some(rings) = &self.rings {
-            if len != 0 {
-                let (prp1, prp2) = prp::prps(iova, len, rings.lists.as_ref(), index);
-                sqe.prp1 = prp1.into();
-                sqe.prp2 = prp2.into();
-            }
-            sqe.cdw0 = (sqe.cdw0.get() | u32::from(cid) << 16).into();
-            let tail = self.sq_tail.get();
             // The tail is always below the number of entries.
-            let _ = rings.sq.set(tail as usize, &sqe);
-            self.sq_tail.set(if tail + 1 == self.entries { 0 } else { tail + 1 });
+            let _ = rings.sq.set(tail as usize, &sqe.with_cid(slot.cid.get()));
         }
+        self.sq_tail.set(if tail + 1 == self.entries { 0 } else { tail + 1 });
         self.in_flight.set(self.in_flight.get() + 1);
-        index
+        slot
     }
 
     /// Notes who waits for a slot's command.
@@ -289,33 +315,31 @@ impl QueuePair {
         self.slots[usize::from(index)].task.set(TaskRef::current(cx));
     }
 
-    /// Takes the outcome of a command that is done, and frees its slot.
+    /// The slot of a command.
     #[inline]
-    pub(crate) fn take_done(&self, index: u16) -> Option<(Outcome, Owned)> {
-        let slot = &self.slots[usize::from(index)];
-        if slot.state.get() != State::Done {
-            return None;
-        }
-        let outcome = Outcome { status: slot.status.get(), result: slot.result.get() };
-        let owned = slot.owned.take();
-        self.free_slot(index);
-        Some((outcome, owned))
+    pub(crate) fn slot(&self, index: u16) -> &Slot {
+        &self.slots[usize::from(index)]
     }
 
     #[inline]
     pub(crate) fn free_slot(&self, index: u16) {
-        let slot = &self.slots[usize::from(index)];
+        let slot = self.slot(index);
         slot.state.set(State::Free);
+        if self.line.is_contended() {
+            return self.line.give(index);
+        }
         slot.next.set(self.free.replace(index));
-        self.permits.give_back();
     }
 
     /// The future of a slot's command is gone.
     pub(crate) fn orphan(&self, index: u16) {
         let slot = &self.slots[usize::from(index)];
         match slot.state.get() {
-            State::Done => drop(self.take_done(index)),
-            State::Waiting => {
+            State::Done => {
+                drop(slot.buf.take());
+                self.free_slot(index);
+            }
+            State::Waiting | State::Command => {
                 slot.state.set(State::Orphaned);
                 slot.task.take();
             }
@@ -326,12 +350,9 @@ impl QueuePair {
     /// What stands in for the buffer of a command that the controller may still be working on.
     pub(crate) fn stand_in(&self, index: u16) -> Option<DmaBuf> {
         let slot = &self.slots[usize::from(index)];
-        let owned = slot.owned.take();
-        let stand_in = match &owned {
-            Owned::Buffer(buf) => Some(buf.stand_in()),
-            Owned::Part(_) | Owned::Nothing => None,
-        };
-        slot.owned.set(owned);
+        let buf = slot.buf.take();
+        let stand_in = buf.as_ref().map(DmaBuf::stand_in);
+        slot.buf.set(buf);
         stand_in
     }
 }
@@ -349,11 +370,12 @@ impl Drop for QueuePair {
                 lists.quarantine();
             }
         }
-        for slot in self.slots.iter().filter(|slot| slot.state.get().in_flight()) {
-            match slot.owned.take() {
-                Owned::Buffer(buf) => buf.quarantine(),
-                Owned::Part(parent) => parent.quarantine(),
-                Owned::Nothing => {}
+        for (slot, extra) in self.slots.iter().zip(&self.extras).filter(|(slot, _)| slot.state.get().in_flight()) {
+            if let Some(buf) = slot.buf.take() {
+                buf.quarantine();
+            }
+            if let Some(parent) = extra.parent.take() {
+                parent.quarantine();
             }
         }
     }

@@ -107,58 +107,111 @@ pub mod nvm {
     pub const READ: u8 = 0x02;
 }
 
-/// A submission queue entry (section 4.2).
-#[derive(Debug, Clone, Copy, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub struct Sqe {
-    /// Opcode in bits 0-7, command identifier in bits 16-31.
-    pub cdw0: U32,
-    /// Namespace.
-    pub nsid: U32,
-    /// Reserved.
-    pub cdw2: U64,
-    /// Metadata pointer.
-    pub metadata: U64,
-    /// The first page.
-    pub prp1: U64,
-    /// The second page, or the list of the others.
-    pub prp2: U64,
-    /// Dwords 10 to 15, by command.
-    pub cdw10: U32,
-    /// Dword 11.
-    pub cdw11: U32,
-    /// Dword 12.
-    pub cdw12: U32,
-    /// Dword 13.
-    pub cdw13: U32,
-    /// Dword 14.
-    pub cdw14: U32,
-    /// Dword 15.
-    pub cdw15: U32,
-}
+/// A submission queue entry (section 4.2), as little-endian quadwords: opcode and command identifier with the namespace,
+/// reserved, metadata pointer, PRP 1, PRP 2, and command dwords 10 to 15 in pairs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(transparent)]
+pub struct Sqe(pub [u64; 8]);
 const _: () = assert!(size_of::<Sqe>() == 64);
 
-/// A completion queue entry (section 4.6).
-#[derive(Debug, Clone, Copy, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub struct Cqe {
-    /// The command's result.
-    pub dw0: U32,
-    /// Reserved.
-    pub dw1: U32,
-    /// Where the controller is in the submission queue.
-    pub sq_head: U16,
-    /// The submission queue.
-    pub sq_id: U16,
-    /// The command.
-    pub cid: U16,
-    /// Phase tag in bit 0, status field in bits 1-15.
-    pub status: U16,
+impl Sqe {
+    /// A command without data.
+    #[inline]
+    pub fn new(opcode: u8, nsid: u32) -> Self {
+        Self([(u64::from(nsid) << 32 | u64::from(opcode)).to_le(), 0, 0, 0, 0, 0, 0, 0])
+    }
+
+    /// Sets the data pointer.
+    #[inline]
+    pub fn prps(mut self, prp1: u64, prp2: u64) -> Self {
+        (self.0[3], self.0[4]) = (prp1.to_le(), prp2.to_le());
+        self
+    }
+
+    /// Sets dwords 10 and 11.
+    #[inline]
+    pub fn dwords10(mut self, dword10: u32, dword11: u32) -> Self {
+        self.0[5] = (u64::from(dword11) << 32 | u64::from(dword10)).to_le();
+        self
+    }
+
+    /// Sets dword 12.
+    #[inline]
+    pub fn dword12(mut self, dword12: u32) -> Self {
+        self.0[6] = u64::from(dword12).to_le();
+        self
+    }
+
+    /// Sets the command identifier, which is 0 before.
+    #[inline]
+    pub fn with_cid(mut self, cid: u16) -> Self {
+        self.0[0] |= (u64::from(cid) << 16).to_le();
+        self
+    }
+
+    /// The command identifier.
+    pub fn cid(&self) -> u16 {
+        (u64::from_le(self.0[0]) >> 16) as u16
+    }
 }
+
+/// A completion queue entry (section 4.6), as little-endian quadwords: the command's result, and the rest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(transparent)]
+pub struct Cqe(pub [u64; 2]);
 const _: () = assert!(size_of::<Cqe>() == 16);
 
-/// Offset of the dword of a completion that holds the phase tag.
-pub const CQE_PHASE_OFFSET: usize = 12;
+/// The second quadword of a completion: all of it but the command's result, loaded at once.
+#[derive(Debug, Clone, Copy)]
+pub struct CqeTail(pub u64);
+
+impl CqeTail {
+    /// Its offset in the entry.
+    pub const OFFSET: usize = 8;
+
+    /// Where the controller is in the submission queue.
+    #[inline]
+    pub fn sq_head(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// The submission queue.
+    #[inline]
+    pub fn sq_id(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// The command identifier.
+    #[inline]
+    pub fn cid(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+
+    /// The phase tag.
+    #[inline]
+    pub fn phase(self) -> bool {
+        self.0 >> 48 & 1 != 0
+    }
+
+    /// The status.
+    #[inline]
+    pub fn status(self) -> Status {
+        Status((self.0 >> 49) as u16)
+    }
+}
+
+impl Cqe {
+    /// A completion as a controller writes it.
+    pub fn new(result: u32, sq_head: u16, sq_id: u16, cid: u16, phase: bool, status: Status) -> Self {
+        let word = u64::from(status.0 << 1 | u16::from(phase)) << 48 | u64::from(cid) << 32 | u64::from(sq_id) << 16;
+        Self([u64::from(result).to_le(), (word | u64::from(sq_head)).to_le()])
+    }
+
+    /// Dword 0: the command's result.
+    pub fn result(&self) -> u32 {
+        u64::from_le(self.0[0]) as u32
+    }
+}
 
 /// The fields of Identify Controller that the driver looks at (figure 247).
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]

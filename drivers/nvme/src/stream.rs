@@ -4,12 +4,7 @@ use std::{future::poll_fn, task::Poll};
 
 use vfio_uring::{dma::DmaBuf, reactor::TaskRef};
 
-use crate::{
-    Error, Result,
-    namespace::Namespace,
-    queue::{NONE, Outcome, Owned, State},
-    spec::nvm,
-};
+use crate::{Error, Result, namespace::Namespace, queue::State, spec::nvm};
 
 /// A command of a [`CommandStream`]: what [`Completion::token`] will be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,7 +49,7 @@ pub struct CommandStream {
 impl CommandStream {
     pub(crate) fn new(ns: Namespace) -> Result<Self> {
         if ns.queue.stream.taken.replace(true) {
-            return Err(Error::Invalid("the queue has a completion stream already".into()));
+            return Err(Error::invalid("the queue has a completion stream already"));
         }
         Ok(Self { ns })
     }
@@ -92,13 +87,15 @@ impl CommandStream {
     fn submit(&self, opcode: u8, lba: u64, buf: DmaBuf) -> Result<Token, Rejected> {
         let (ns, queue) = (&self.ns, &*self.ns.queue);
         let blocks = match ns.check(lba, &buf) {
-            Ok(blocks) if buf.len() <= ns.part_len && !queue.dead.get() && queue.permits.try_take() => blocks,
+            Ok(blocks) if buf.len() <= ns.part_len => blocks,
             checked => return Err(self.reject(checked, buf)),
         };
-        let (iova, len) = (buf.iova(), buf.len());
-        let sqe = ns.sqe(opcode, lba, blocks as usize);
+        let Some(index) = queue.take_slot() else { return Err(self.reject(Ok(blocks), buf)) };
+        let (prp1, prp2) = queue.prps(index, buf.iova(), buf.len());
+        let sqe = ns.sqe(opcode, lba, blocks as usize).prps(prp1, prp2);
+        queue.start(index, sqe, State::Streamed).buf.set(Some(buf));
         queue.stream.in_flight.set(queue.stream.in_flight.get() + 1);
-        Ok(Token(queue.start(sqe, iova, len, State::Streamed, Owned::Buffer(buf))))
+        Ok(Token(index))
     }
 
     #[cold]
@@ -109,23 +106,26 @@ impl CommandStream {
             Ok(_) if queue.dead.get() => queue.end_error(),
             Ok(_) if buf.len() > self.ns.part_len => {
                 let (len, most) = (buf.len(), self.ns.part_len);
-                Error::Invalid(format!("a transfer of {len} bytes: one command carries {most}, the stream does not split"))
+                Error::invalid(format!("a transfer of {len} bytes: one command carries {most}, the stream does not split"))
             }
-            Ok(_) => Error::Full(queue.slots.len()),
+            Ok(_) => Error::Full(queue.slots.len() as u32),
         };
         Rejected { error, buf }
     }
 
-    /// Waits until a command is done, and appends all that are to `to`. Returns at once when nothing is under way.
+    /// Waits until a command is done, and calls `each` for all that are; how many those were. 0, at once, when nothing is under
+    /// way.
     ///
     /// # Errors
     /// [`Error::Ended`] when the queue has ended, after what was done before; the buffers of what was under way stay with the
     /// controller.
-    pub async fn completions(&self, to: &mut Vec<Completion>) -> Result<()> {
+    #[inline]
+    pub async fn next_batch(&self, mut each: impl FnMut(Completion)) -> Result<usize> {
         poll_fn(|cx| {
             let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
-            if self.take_listed(to) || stream.in_flight.get() == 0 {
-                return Poll::Ready(Ok(()));
+            let count = self.take_listed(&mut each);
+            if count != 0 || stream.in_flight.get() == 0 {
+                return Poll::Ready(Ok(count));
             }
             if queue.dead.get() {
                 return Poll::Ready(Err(queue.end_error()));
@@ -136,34 +136,35 @@ impl CommandStream {
         .await
     }
 
+    /// [`CommandStream::next_batch`], appending to a list.
+    ///
+    /// # Errors
+    /// As of [`CommandStream::next_batch`].
+    pub async fn completions(&self, to: &mut Vec<Completion>) -> Result<()> {
+        self.next_batch(|completion| to.push(completion)).await.map(drop)
+    }
+
     #[inline]
-    fn take_listed(&self, to: &mut Vec<Completion>) -> bool {
+    fn take_listed(&self, each: &mut impl FnMut(Completion)) -> usize {
         let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
-        let mut index = stream.head.replace(NONE);
-        if index == NONE {
-            return false;
-        }
-        stream.tail.set(NONE);
-        let mut taken = 0;
-        while index != NONE {
-            let slot = &queue.slots[usize::from(index)];
-            let next = slot.next.get();
-            if let Owned::Buffer(buf) = slot.owned.take() {
-                let result = Outcome { status: slot.status.get(), result: 0 }.into_result().map(drop);
-                to.push(Completion { token: Token(index), result, buf });
-            }
+        let listed = stream.listed.replace(0);
+        for place in &stream.list[..listed.min(stream.list.len())] {
+            let index = place.get();
+            let slot = queue.slot(index);
+            let (buf, result) = (slot.buf.take(), slot.outcome());
             queue.free_slot(index);
-            taken += 1;
-            index = next;
+            stream.in_flight.set(stream.in_flight.get() - 1);
+            if let Some(buf) = buf {
+                each(Completion { token: Token(index), result, buf });
+            }
         }
-        stream.in_flight.set(stream.in_flight.get() - taken);
-        true
+        listed
     }
 }
 
 impl Drop for CommandStream {
     fn drop(&mut self) {
-        self.take_listed(&mut Vec::new());
+        self.take_listed(&mut drop);
         let queue = &self.ns.queue;
         for slot in queue.slots.iter().filter(|slot| slot.state.get() == State::Streamed) {
             slot.state.set(State::Orphaned);

@@ -1,0 +1,107 @@
+//! Instructions per I/O of the client side, counted by callgrind; the device is serviced inline and not counted.
+//!
+//! The program runs itself under `valgrind --tool=callgrind` for each case, with two numbers of I/Os: their difference leaves
+//! the set-up out. Counts are steady, so the bars are asserted.
+
+mod common;
+
+use std::{env, fs, process::Command};
+
+use common::{Floor, Rig, reactor};
+
+const FEW: u64 = 12_800;
+const MANY: u64 = 51_200;
+
+/// Case, queue depth, and the most instructions an I/O may take.
+const BARS: [(&str, usize, Option<f64>); 9] = [
+    ("floor", 1, None),
+    ("floor", 32, None),
+    ("floor", 128, None),
+    ("future", 1, Some(300.0)),
+    ("future", 32, None),
+    ("future", 128, Some(200.0)),
+    ("stream", 1, Some(300.0)),
+    ("stream", 32, None),
+    ("stream", 128, Some(140.0)),
+];
+/// Instructions over the floor at depth 128.
+const TAX: [(&str, f64); 2] = [("future", 110.0), ("stream", 45.0)];
+
+fn main() {
+    let args: Vec<String> = env::args().collect();
+    if let Some(at) = args.iter().position(|arg| arg == "--case") {
+        return run_case(&args[at + 1], args[at + 2].parse().expect("a depth"), args[at + 3].parse().expect("a count"));
+    }
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        println!("instructions: skipped, valgrind is not installed (Debian package valgrind)");
+        return;
+    }
+    println!("instructions per I/O, client side, by callgrind (device not counted)");
+    println!("{:<8} {:>5} {:>10} {:>10} {:>10} {:>8}", "form", "depth", "submit", "complete", "total", "bar");
+    let mut floor = 0.0;
+    let mut missed = Vec::new();
+    for (case, depth, bar) in BARS {
+        let total = per_io(case, depth, "*measured*");
+        let submit = if case == "floor" { None } else { Some(per_io(&format!("{case}-split"), depth, "*first_poll*")) };
+        let column = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.1}"));
+        let complete = submit.map(|submit| total - submit);
+        println!("{case:<8} {depth:>5} {:>10} {:>10} {total:>10.1} {:>8}", column(submit), column(complete), column(bar));
+        if case == "floor" && depth == 128 {
+            floor = total;
+        }
+        if bar.is_some_and(|bar| total > bar) {
+            missed.push(format!("{case} at depth {depth}: {total:.1}"));
+        }
+        if let Some((_, tax)) = TAX.iter().find(|(form, tax)| *form == case && depth == 128 && total - floor > *tax) {
+            missed.push(format!("{case} at depth {depth}: {:.1} over the floor, at most {tax}", total - floor));
+        }
+    }
+    assert!(missed.is_empty(), "bars missed: {missed:?}");
+}
+
+/// Instructions of one I/O in functions that match `toggle`.
+fn per_io(case: &str, depth: usize, toggle: &str) -> f64 {
+    let (few, many) = (count(case, depth, toggle, FEW), count(case, depth, toggle, MANY));
+    (many - few) as f64 / (MANY - FEW) as f64
+}
+
+fn count(case: &str, depth: usize, toggle: &str, ios: u64) -> u64 {
+    let out = env::temp_dir().join(format!("vfio-uring-callgrind-{}", std::process::id()));
+    let status = Command::new("valgrind")
+        .args(["--tool=callgrind", "--collect-atstart=no", "-q"])
+        .arg(format!("--toggle-collect={toggle}"))
+        .args((toggle == "*measured*").then_some("--toggle-collect=*device_service*"))
+        .arg(format!("--callgrind-out-file={}", out.display()))
+        .arg(env::current_exe().expect("this program"))
+        .args(["--case", case, &depth.to_string(), &ios.to_string()])
+        .status()
+        .expect("valgrind starts");
+    assert!(status.success(), "{case} at depth {depth} failed under valgrind");
+    let text = fs::read_to_string(&out).expect("callgrind wrote its file");
+    let _ = fs::remove_file(&out);
+    let totals = text.lines().find_map(|line| line.strip_prefix("totals: ")).expect("a line with totals");
+    totals.trim().parse().expect("a number")
+}
+
+fn run_case(case: &str, depth: usize, ios: u64) {
+    match case {
+        "floor" => measured(|| Floor::new(depth).run(ios)),
+        _ => {
+            let reactor = reactor();
+            let mut rig = reactor.block_on(Rig::new(depth));
+            let _device = reactor.block_on(async { vfio_uring::reactor::register_poller(rig.device.clone()) });
+            measured(|| match case {
+                "stream" => reactor.block_on(common::stream::<false>(&mut rig, ios)),
+                "stream-split" => reactor.block_on(common::stream::<true>(&mut rig, ios)),
+                "future" => reactor.block_on(common::futures::<false>(&mut rig, ios)),
+                _ => reactor.block_on(common::futures::<true>(&mut rig, ios)),
+            });
+        }
+    }
+}
+
+/// What is counted.
+#[inline(never)]
+fn measured(body: impl FnOnce()) {
+    body();
+}
