@@ -53,7 +53,8 @@ pub(crate) async fn run(queue: &Rc<QueuePair>, sqe: Sqe, mut buf: Option<DmaBuf>
         let Poll::Ready(index) = queue.poll_slot(&mut pending.ticket, cx) else { return Poll::Pending };
         let (prp1, prp2) = buf.as_ref().map_or((0, 0), |buf| queue.prps(index, buf.iova(), buf.len()));
         let sqe = if buf.is_some() { sqe.prps(prp1, prp2) } else { sqe };
-        let slot = queue.start(index, sqe, State::Command);
+        let slot = queue.slot(index);
+        queue.start(slot, sqe, State::Command);
         slot.buf.set(buf.take());
         slot.task.set(TaskRef::current(cx));
         pending.index = Some(index);

@@ -86,7 +86,7 @@ impl Large {
             self.parent.outstanding.set(self.parent.outstanding.get() + 1);
             let (prp1, prp2) = queue.prps(index, iova, len);
             queue.extras[usize::from(index)].parent.set(Some(self.parent.clone()));
-            queue.start(index, sqe.prps(prp1, prp2), State::Part);
+            queue.start(queue.slot(index), sqe.prps(prp1, prp2), State::Part);
             self.submitted += len;
         }
         if self.parent.outstanding.get() != 0 {

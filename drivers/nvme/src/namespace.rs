@@ -13,7 +13,7 @@ use crate::{
     Error, Result,
     large::Large,
     line::Ticket,
-    queue::{QueuePair, State},
+    queue::{QueuePair, Slot, State},
     spec::{Sqe, nvm},
     stream::CommandStream,
 };
@@ -40,6 +40,8 @@ pub struct Namespace {
     pub(crate) shift: u32,
     /// Bytes of the largest command: whole blocks.
     pub(crate) part_len: usize,
+    /// A block up to which any single command fits.
+    safe_lba: u64,
 }
 
 impl Namespace {
@@ -58,7 +60,8 @@ impl Namespace {
             );
             return Err(vfio_uring::Error::Unsupported { what }.into());
         }
-        Ok(Self { queue, info, shift, part_len })
+        let safe_lba = info.blocks.saturating_sub((part_len >> shift) as u64);
+        Ok(Self { queue, info, shift, part_len, safe_lba })
     }
 
     /// What Identify says of it.
@@ -113,18 +116,27 @@ impl Namespace {
         CommandStream::new(self.clone())
     }
 
-    /// Checks a transfer; its number of blocks.
-    #[inline]
-    pub(crate) fn check(&self, lba: u64, buf: &DmaBuf) -> Result<u64> {
+    /// Whether a transfer is right and one command can carry it: the cheap test that nearly all pass. [`Namespace::check`] says
+    /// what is wrong with the others, if anything is.
+    #[inline(always)]
+    pub(crate) fn fits_command(&self, lba: u64, buf: &DmaBuf) -> bool {
+        let len = buf.len();
+        // Of 0 bytes, the difference is huge.
+        len.wrapping_sub(1) < self.part_len
+            && len & (self.block_size() - 1) == 0
+            && lba <= self.safe_lba
+            && buf.space_id() == self.queue.space_id
+            && self.safe_lba != 0
+    }
+
+    /// Checks a transfer of any length.
+    #[cold]
+    pub(crate) fn check(&self, lba: u64, buf: &DmaBuf) -> Result<()> {
         let len = buf.len();
         let blocks = (len >> self.shift) as u64;
         let fits = lba <= self.info.blocks && blocks <= self.info.blocks - lba;
-        let whole = len & ((1 << self.shift) - 1) == 0;
-        if len != 0 && whole && fits && buf.space_id() == self.queue.space_id {
-            Ok(blocks)
-        } else {
-            Err(self.refuse(lba, buf))
-        }
+        let whole = len & (self.block_size() - 1) == 0;
+        if len != 0 && whole && fits && buf.space_id() == self.queue.space_id { Ok(()) } else { Err(self.refuse(lba, buf)) }
     }
 
     #[cold]
@@ -140,7 +152,7 @@ impl Namespace {
     }
 
     /// The SQE of a read or write, but for its memory.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn sqe(&self, opcode: u8, lba: u64, blocks: usize) -> Sqe {
         Sqe::new(opcode, self.info.nsid).dwords10(lba as u32, (lba >> 32) as u32).dword12(blocks as u32 - 1)
     }
@@ -206,16 +218,13 @@ impl Future for Io<'_> {
             }
             Stage::Start => {
                 let Some(buf) = this.buf.take() else { over() };
-                match this.ns.check(this.lba, &buf) {
-                    Ok(_) if buf.len() <= this.ns.part_len => match queue.take_slot() {
-                        Some(index) => {
-                            this.submit(index, buf, cx);
-                            Poll::Pending
-                        }
-                        None => this.poll_aside(Ok(0), buf, cx),
-                    },
-                    checked => this.poll_aside(checked, buf, cx),
+                if this.ns.fits_command(this.lba, &buf)
+                    && let Some(taken) = queue.take_slot()
+                {
+                    this.submit(taken, buf, cx);
+                    return Poll::Pending;
                 }
+                this.poll_aside(buf, cx)
             }
             Stage::Slow => this.poll_slow(cx),
             Stage::Over => over(),
@@ -236,12 +245,12 @@ impl<'a> Io<'a> {
 
     /// Submits the command in the slot that was taken.
     #[inline]
-    fn submit(&mut self, index: u16, buf: DmaBuf, cx: &Context<'_>) {
+    fn submit(&mut self, (index, slot): (u16, &Slot), buf: DmaBuf, cx: &Context<'_>) {
         let queue = &*self.ns.queue;
         let (prp1, prp2) = queue.prps(index, buf.iova(), buf.len());
         let sqe = self.ns.sqe(self.opcode, self.lba, buf.len() >> self.ns.shift).prps(prp1, prp2);
-        let slot = queue.start(index, sqe, State::Waiting);
-        slot.buf.set(Some(buf));
+        queue.start(slot, sqe, State::Waiting);
+        slot.put(buf);
         slot.task.set(TaskRef::current(cx));
         self.index = index;
         self.stage = Stage::Submitted;
@@ -249,13 +258,13 @@ impl<'a> Io<'a> {
 
     /// The first poll of what can't be submitted at once.
     #[cold]
-    fn poll_aside(&mut self, checked: Result<u64>, buf: DmaBuf, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
+    fn poll_aside(&mut self, buf: DmaBuf, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
         let queue = &*self.ns.queue;
         self.stage = Stage::Over;
         if queue.dead.get() {
             return Poll::Ready((Err(queue.end_error()), buf));
         }
-        if let Err(error) = checked {
+        if let Err(error) = self.ns.check(self.lba, &buf) {
             return Poll::Ready((Err(error), buf));
         }
         self.slow = Some(Box::new(if buf.len() > self.ns.part_len {
@@ -280,7 +289,7 @@ impl<'a> Io<'a> {
                 } else if let Poll::Ready(index) = queue.poll_slot(ticket, cx) {
                     let Some(buf) = self.buf.take() else { over() };
                     self.slow = None;
-                    self.submit(index, buf, cx);
+                    self.submit((index, queue.slot(index)), buf, cx);
                     return Poll::Pending;
                 } else {
                     Poll::Pending

@@ -10,10 +10,11 @@ const ENTRIES: usize = PAGE / 8;
 /// the caller has limited `len` to what one list names.
 #[inline]
 pub(crate) fn prps<'a>(iova: u64, len: usize, index: u16, lists: impl FnOnce() -> Option<&'a DmaRing<u64>>) -> (u64, u64) {
-    let first = PAGE - (iova as usize & (PAGE - 1));
-    if len <= first {
+    let offset = iova as usize & (PAGE - 1);
+    if offset + len <= PAGE {
         return (iova, 0);
     }
+    let first = PAGE - offset;
     let second = iova + first as u64;
     if len - first <= PAGE {
         return (iova, second);

@@ -121,6 +121,13 @@ pub(crate) struct Extra {
 pub(crate) const NONE: u16 = u16::MAX;
 
 impl Slot {
+    /// Gives the slot, which has none, the command's buffer.
+    #[inline]
+    pub(crate) fn put(&self, buf: DmaBuf) {
+        // Without a look at the `None` that was there.
+        std::mem::forget(self.buf.replace(Some(buf)));
+    }
+
     /// How the command ended.
     #[inline]
     pub(crate) fn outcome(&self) -> Result<()> {
@@ -262,17 +269,17 @@ impl QueuePair {
 
     /// Takes a free slot, if there is one. The line is joined when there is none.
     #[inline]
-    pub(crate) fn take_slot(&self) -> Option<u16> {
+    pub(crate) fn take_slot(&self) -> Option<(u16, &Slot)> {
         let index = self.free.get();
         let slot = self.slots.get(usize::from(index))?;
         self.free.set(slot.next.get());
-        Some(index)
+        Some((index, slot))
     }
 
     /// Waits in the line for a slot.
     pub(crate) fn poll_slot(&self, ticket: &mut Option<Ticket>, cx: &Context<'_>) -> Poll<u16> {
         if ticket.is_none()
-            && let Some(index) = self.take_slot()
+            && let Some((index, _)) = self.take_slot()
         {
             return Poll::Ready(index);
         }
@@ -295,8 +302,7 @@ impl QueuePair {
     /// Submits the command of a slot that was taken; the doorbell follows at the end of the turn. The rings have more entries
     /// than there are slots, so there is room.
     #[inline]
-    pub(crate) fn start(&self, index: u16, sqe: Sqe, state: State) -> &Slot {
-        let slot = self.slot(index);
+    pub(crate) fn start(&self, slot: &Slot, sqe: Sqe, state: State) {
         slot.state.set(state);
         slot.tick.set(self.ticks.get());
         let tail = self.sq_tail.get();
@@ -306,7 +312,6 @@ impl QueuePair {
         }
         self.sq_tail.set(if tail + 1 == self.entries { 0 } else { tail + 1 });
         self.in_flight.set(self.in_flight.get() + 1);
-        slot
     }
 
     /// Notes who waits for a slot's command.

@@ -4,7 +4,12 @@ use std::{future::poll_fn, task::Poll};
 
 use vfio_uring::{dma::DmaBuf, reactor::TaskRef};
 
-use crate::{Error, Result, namespace::Namespace, queue::State, spec::nvm};
+use crate::{
+    Error, Result,
+    namespace::Namespace,
+    queue::{Slot, State},
+    spec::nvm,
+};
 
 /// A command of a [`CommandStream`]: what [`Completion::token`] will be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,7 +74,7 @@ impl CommandStream {
     ///
     /// # Errors
     /// [`Rejected`] with the buffer: as for [`Namespace::read`], and for more than one command can carry.
-    #[inline]
+    #[inline(always)]
     pub fn submit_read(&self, lba: u64, buf: DmaBuf) -> Result<Token, Rejected> {
         self.submit(nvm::READ, lba, buf)
     }
@@ -78,29 +83,42 @@ impl CommandStream {
     ///
     /// # Errors
     /// As of [`CommandStream::submit_read`].
-    #[inline]
+    #[inline(always)]
     pub fn submit_write(&self, lba: u64, buf: DmaBuf) -> Result<Token, Rejected> {
         self.submit(nvm::WRITE, lba, buf)
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(&self, opcode: u8, lba: u64, buf: DmaBuf) -> Result<Token, Rejected> {
         let (ns, queue) = (&self.ns, &*self.ns.queue);
-        let blocks = match ns.check(lba, &buf) {
-            Ok(blocks) if buf.len() <= ns.part_len => blocks,
-            checked => return Err(self.reject(checked, buf)),
-        };
-        let Some(index) = queue.take_slot() else { return Err(self.reject(Ok(blocks), buf)) };
-        let (prp1, prp2) = queue.prps(index, buf.iova(), buf.len());
-        let sqe = ns.sqe(opcode, lba, blocks as usize).prps(prp1, prp2);
-        queue.start(index, sqe, State::Streamed).buf.set(Some(buf));
-        queue.stream.in_flight.set(queue.stream.in_flight.get() + 1);
-        Ok(Token(index))
+        if !ns.fits_command(lba, &buf) {
+            return self.submit_aside(opcode, lba, buf);
+        }
+        let Some((index, slot)) = queue.take_slot() else { return self.submit_aside(opcode, lba, buf) };
+        Ok(self.start(index, slot, opcode, lba, buf))
     }
 
+    #[inline(always)]
+    fn start(&self, index: u16, slot: &Slot, opcode: u8, lba: u64, buf: DmaBuf) -> Token {
+        let (ns, queue) = (&self.ns, &*self.ns.queue);
+        let (prp1, prp2) = queue.prps(index, buf.iova(), buf.len());
+        queue.start(slot, ns.sqe(opcode, lba, buf.len() >> ns.shift).prps(prp1, prp2), State::Streamed);
+        slot.put(buf);
+        queue.stream.in_flight.set(queue.stream.in_flight.get() + 1);
+        Token(index)
+    }
+
+    /// What the quick test turned away: a transfer that ends close to the namespace's end, or one to be rejected.
     #[cold]
-    fn reject(&self, checked: Result<u64>, buf: DmaBuf) -> Rejected {
-        let queue = &self.ns.queue;
+    fn submit_aside(&self, opcode: u8, lba: u64, buf: DmaBuf) -> Result<Token, Rejected> {
+        let (ns, queue) = (&self.ns, &*self.ns.queue);
+        let checked = ns.check(lba, &buf);
+        if checked.is_ok()
+            && buf.len() <= ns.part_len
+            && let Some((index, slot)) = queue.take_slot()
+        {
+            return Ok(self.start(index, slot, opcode, lba, buf));
+        }
         let error = match checked {
             Err(error) => error,
             Ok(_) if queue.dead.get() => queue.end_error(),
@@ -110,7 +128,7 @@ impl CommandStream {
             }
             Ok(_) => Error::Full(queue.slots.len() as u32),
         };
-        Rejected { error, buf }
+        Err(Rejected { error, buf })
     }
 
     /// Waits until a command is done, and calls `each` for all that are; how many those were. 0, at once, when nothing is under

@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    mem::ManuallyDrop,
     ops::{Deref, DerefMut},
     ptr::NonNull,
     slice,
@@ -38,16 +37,19 @@ use crate::{Error, Result};
 /// assert_eq!(buf[60..], [5, 0, 0, 0]);
 /// # Ok::<_, vfio_uring::Error>(()) }).unwrap();
 /// ```
-pub struct DmaBuf {
+pub struct DmaBuf(Box<Inner>);
+
+struct Inner {
     ptr: NonNull<u8>,
     iova: u64,
     len: u32,
+    /// 0 for a stand-in, which owns no memory.
     capacity: u32,
     pool: Arc<pool::Inner>,
 }
 
 // A buffer travels through a command by value: it has to stay cheap to move.
-const _: () = assert!(size_of::<DmaBuf>() == 32 && size_of::<Option<DmaBuf>>() == 32);
+const _: () = assert!(size_of::<DmaBuf>() == 8 && size_of::<Option<DmaBuf>>() == 8);
 
 // SAFETY: the memory is the buffer's alone and reachable from every thread; the pool is Send and Sync.
 unsafe impl Send for DmaBuf {}
@@ -59,31 +61,31 @@ impl DmaBuf {
     /// `capacity` bytes at `ptr` are in `pool`'s mapping, at `iova`, page-aligned, initialised, and nobody else's until they are
     /// released to `pool`. `len` is at most `capacity`.
     pub(super) unsafe fn new(ptr: NonNull<u8>, iova: u64, len: u32, capacity: u32, pool: Arc<pool::Inner>) -> Self {
-        Self { ptr, iova, len, capacity, pool }
+        Self(Box::new(Inner { ptr, iova, len, capacity, pool }))
     }
 
     /// Where the device sees the buffer's first byte.
     #[inline]
     pub fn iova(&self) -> u64 {
-        self.iova
+        self.0.iova
     }
 
     /// Bytes of the buffer.
     #[inline]
     pub fn len(&self) -> usize {
-        self.len as usize
+        self.0.len as usize
     }
 
     /// Whether the length was set to 0.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.0.len == 0
     }
 
     /// Bytes that the length can be set to: the whole pages of the buffer.
     #[inline]
     pub fn capacity(&self) -> usize {
-        self.capacity as usize
+        self.0.capacity as usize
     }
 
     /// Sets the length. The memory stays as it is, and the buffer's in whole.
@@ -92,16 +94,16 @@ impl DmaBuf {
     /// [`Error::Invalid`] above the capacity.
     pub fn set_len(&mut self, len: usize) -> Result<()> {
         if len > self.capacity() {
-            return Err(Error::invalid(format!("a length of {len} bytes for a DMA buffer of {}", self.capacity)));
+            return Err(Error::invalid(format!("a length of {len} bytes for a DMA buffer of {}", self.0.capacity)));
         }
-        self.len = len as u32;
+        self.0.len = len as u32;
         Ok(())
     }
 
     /// [`AddressSpace::id`](super::AddressSpace::id) of the space that the buffer is mapped in.
     #[inline]
     pub fn space_id(&self) -> u64 {
-        self.pool.space_id()
+        self.0.pool.space_id()
     }
 
     /// The buffer as an array.
@@ -123,22 +125,23 @@ impl DmaBuf {
 
     fn not_an_array<T>(&self) -> Error {
         let (size, align) = (size_of::<T>(), align_of::<T>());
-        Error::invalid(format!("{} bytes are no array of elements of {size} bytes, aligned to {align}", self.len))
+        Error::invalid(format!("{} bytes are no array of elements of {size} bytes, aligned to {align}", self.0.len))
     }
 
     /// Gives the memory up: a device may still write it, so the pool counts it and never hands it out again. Nothing of it is
     /// kept besides, so that the pool's mapping still ends, and with its unmap the device's access.
     pub fn quarantine(self) {
-        let this = ManuallyDrop::new(self);
-        // SAFETY: `this` is not used or dropped after, so the pool is moved out just once.
-        let pool = unsafe { std::ptr::read(&this.pool) };
-        pool.quarantine(this.capacity);
+        let mut this = self;
+        // Without a capacity there is nothing to return to the pool.
+        let capacity = std::mem::take(&mut this.0.capacity);
+        this.0.pool.quarantine(capacity);
     }
 
     /// An empty buffer of the same pool, of length and capacity 0: what a driver gives back to its caller in the place of a buffer
     /// that a device may still write.
     pub fn stand_in(&self) -> Self {
-        Self { ptr: self.ptr, iova: self.iova, len: 0, capacity: 0, pool: self.pool.clone() }
+        let Inner { ptr, iova, ref pool, .. } = *self.0;
+        Self(Box::new(Inner { ptr, iova, len: 0, capacity: 0, pool: pool.clone() }))
     }
 
     /// Makes it memory that the device sees all the time, as queues: no slices, volatile and atomic accesses only. All of its
@@ -149,7 +152,7 @@ impl DmaBuf {
 
     #[inline]
     pub(super) fn ptr(&self) -> *mut u8 {
-        self.ptr.as_ptr()
+        self.0.ptr.as_ptr()
     }
 }
 
@@ -159,7 +162,7 @@ impl Deref for DmaBuf {
     #[inline]
     fn deref(&self) -> &[u8] {
         // SAFETY: `len` bytes of live, initialised memory that is the buffer's alone.
-        unsafe { slice::from_raw_parts(self.ptr.as_ptr(), self.len()) }
+        unsafe { slice::from_raw_parts(self.0.ptr.as_ptr(), self.len()) }
     }
 }
 
@@ -167,7 +170,7 @@ impl DerefMut for DmaBuf {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `deref`, and borrowed for writing.
-        unsafe { slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len()) }
+        unsafe { slice::from_raw_parts_mut(self.0.ptr.as_ptr(), self.len()) }
     }
 }
 
@@ -185,13 +188,13 @@ impl AsMut<[u8]> for DmaBuf {
 
 impl fmt::Debug for DmaBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let iova = format_args!("{:#x}", self.iova);
-        f.debug_struct("DmaBuf").field("iova", &iova).field("len", &self.len).field("capacity", &self.capacity).finish()
+        let iova = format_args!("{:#x}", self.0.iova);
+        f.debug_struct("DmaBuf").field("iova", &iova).field("len", &self.0.len).field("capacity", &self.0.capacity).finish()
     }
 }
 
 impl Drop for DmaBuf {
     fn drop(&mut self) {
-        self.pool.release(self.iova, self.capacity);
+        self.0.pool.release(self.0.iova, self.0.capacity);
     }
 }

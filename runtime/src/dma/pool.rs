@@ -35,6 +35,8 @@ pub struct PoolStats {
 
 #[derive(Debug)]
 pub(super) struct Inner {
+    /// Of the mapping's space: looked at for every command, so it is near.
+    space_id: u64,
     mapping: Arc<Mapping>,
     books: Mutex<Books>,
 }
@@ -57,7 +59,7 @@ impl Pool {
     fn of(mapping: Arc<Mapping>) -> Self {
         let range = IovaRange { start: mapping.iova(), last: mapping.iova() + (mapping.len() as u64 - 1) };
         let books = Books { allocator: IovaAllocator::new(&[range], PAGE), quarantined: 0 };
-        Self { inner: Arc::new(Inner { mapping, books: Mutex::new(books) }) }
+        Self { inner: Arc::new(Inner { space_id: mapping.space_id(), mapping, books: Mutex::new(books) }) }
     }
 
     /// A buffer of `len` bytes that is contiguous for the device and starts on a page of 4 KiB. It holds whatever its memory
@@ -129,7 +131,7 @@ impl Inner {
 
     #[inline]
     pub(super) fn space_id(&self) -> u64 {
-        self.mapping.space_id()
+        self.space_id
     }
 
     /// Takes a buffer's memory back.

@@ -4,7 +4,7 @@ use std::{
     cell::Cell,
     fmt,
     marker::PhantomData,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -272,6 +272,22 @@ impl<T> DmaRing<T> {
         let entry = self.at(index)?;
         // SAFETY: within the entry, whose start is a multiple of 8.
         Ok(unsafe { load_u32(entry.add(offset)) })
+    }
+
+    /// Loads the little-endian `u64` at `offset` of an entry, with acquire order, untorn.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] beyond the last entry, or the entry, or at no multiple of 8.
+    #[inline]
+    pub fn load_u64(&self, index: usize, offset: usize) -> Result<u64, OutOfBounds> {
+        if offset > size_of::<T>() - 8 || !offset.is_multiple_of(8) {
+            return Err(self.shared.outside(offset, 8));
+        }
+        let entry = self.at(index)?;
+        // SAFETY: within the entry, whose start is a multiple of 8.
+        let word = unsafe { entry.add(offset) }.cast::<u64>();
+        // SAFETY: valid and aligned; an atomic may be shared with any writer.
+        Ok(u64::from_le(unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Acquire)))
     }
 
     /// Fills all entries with zeros.
