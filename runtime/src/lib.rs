@@ -5,8 +5,11 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod device;
 pub mod dma;
 pub mod error;
+pub mod mmio;
+pub mod pci;
 pub mod reactor;
 pub mod transport;
 

@@ -136,6 +136,11 @@ impl SharedMemory {
         self.len == 0
     }
 
+    /// Whether it may be written.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// Start of the mapping, for the owner of a buffer in it.
     pub(crate) fn as_ptr(&self) -> NonNull<u8> {
         self.ptr

@@ -1,0 +1,290 @@
+//! A PCI device as an async resource: regions, registers, interrupts, reset, and the memory that it sees.
+//!
+//! ```no_run
+//! use futures::StreamExt;
+//! use vfio_uring::{device::{Device, Irq}, reactor::Reactor};
+//!
+//! # fn main() -> vfio_uring::Result<()> {
+//! Reactor::new()?.block_on(async {
+//!     let device = Device::open(&"vfio-user:/run/device.sock".parse()?).await?;
+//!     let ids = device.config().ids().await?;
+//!     device.set_bus_master(true).await?;
+//!     let mut interrupts = device.interrupts(Irq::MsiX, 0, 1).await?;
+//!     let status: u32 = device.bar(0)?.read(0x1c).await?;
+//!     println!("{:04x}:{:04x} has status {status:#x}", ids.vendor, ids.device);
+//!     if let Some(interrupt) = interrupts[0].next().await {
+//!         interrupt?;
+//!     }
+//!     Ok(())
+//! })
+//! # }
+//! ```
+
+mod address;
+mod bar;
+mod config;
+mod interrupt;
+mod region;
+
+use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, time::Duration};
+
+pub use address::Address;
+pub use bar::{Bar, Posted};
+pub use config::ConfigSpace;
+pub use interrupt::{Interrupt, Irq};
+pub use region::{Region, index};
+
+pub use crate::transport::user::protocol::{Area, IrqInfo};
+use crate::{
+    Error, Result,
+    dma::{AddressSpace, Backend, IovaRange},
+    pci,
+    reactor::{self, timeout},
+    transport::user::client::Connection,
+};
+use region::RegionState;
+
+/// `VFIO_DEVICE_FLAGS_RESET`.
+const FLAG_RESET: u32 = 1;
+/// `VFIO_DEVICE_FLAGS_PCI`.
+const FLAG_PCI: u32 = 2;
+/// [`Options::deadline`]s that opening a device may take in all.
+const OPEN_DEADLINES: u32 = 4;
+
+/// How to open a device.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How long an answer of a vfio-user server may take from the sending of its command; 5 s by default. A reset or an unmap may
+    /// take twice that, and opening the device four times.
+    pub deadline: Duration,
+    /// Commands to a vfio-user server in flight at a time. `None`, the default: one, unless the server confirms that it takes
+    /// more.
+    pub max_outstanding: Option<usize>,
+    /// The I/O virtual addresses that memory for the device may get. By default 48 bits without the first page and the window of
+    /// message-signalled interrupts at 0xfee00000.
+    pub iova_ranges: Vec<IovaRange>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            deadline: Duration::from_secs(5),
+            max_outstanding: None,
+            iova_ranges: vec![
+                IovaRange { start: 0x1000, last: 0xfedf_ffff },
+                IovaRange { start: 0xfef0_0000, last: (1 << 48) - 1 },
+            ],
+        }
+    }
+}
+
+/// What a device says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Whether it is a PCI device.
+    pub pci: bool,
+    /// Whether it can be reset.
+    pub reset: bool,
+    /// Number of regions, see [`index`].
+    pub regions: u32,
+    /// Number of interrupt indices, see [`Irq`].
+    pub irqs: u32,
+}
+
+pub(crate) struct Inner {
+    address: Address,
+    connection: Rc<Connection>,
+    info: DeviceInfo,
+    regions: Vec<RegionState>,
+    irqs: Vec<IrqInfo>,
+    /// Vectors that an [`Interrupt`] has.
+    vectors: RefCell<BTreeSet<(u32, u32)>>,
+    dma: AddressSpace,
+}
+
+/// An open device: a handle, whose clones are the same device. It belongs to the reactor that it was opened on.
+///
+/// Regions, BARs, interrupts and address spaces keep the device too; the connection closes when the last of them is dropped.
+#[derive(Clone)]
+pub struct Device {
+    inner: Rc<Inner>,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("address", &self.inner.address).finish_non_exhaustive()
+    }
+}
+
+impl Device {
+    /// Opens the device at `address`.
+    ///
+    /// It spawns two tasks on the current reactor: the runner of the connection, and the one that frees DMA memory. Both end
+    /// with the device.
+    ///
+    /// # Errors
+    /// [`Error::NoReactor`] outside of a reactor, [`Error::Io`] when nothing is at the address, and what
+    /// [`Connection::connect`] gives when the server misbehaves.
+    pub async fn open(address: &Address) -> Result<Self> {
+        Self::open_with(address, Options::default()).await
+    }
+
+    /// [`Device::open`] with options.
+    ///
+    /// # Errors
+    /// As for [`Device::open`].
+    pub async fn open_with(address: &Address, options: Options) -> Result<Self> {
+        if !reactor::is_running() {
+            return Err(Error::NoReactor { what: "a device" });
+        }
+        let limit = options.deadline.saturating_mul(OPEN_DEADLINES);
+        let opened = timeout(limit, Self::open_inner(address, &options)).await;
+        opened.unwrap_or_else(|_| Err(Error::Timeout { what: format!("opening {address}"), after: limit }))
+    }
+
+    async fn open_inner(address: &Address, options: &Options) -> Result<Self> {
+        let Address::User(path) = address;
+        let connection = Connection::connect(path, options.deadline, options.max_outstanding).await?;
+        let info = connection.device_info().await?;
+        let mut regions = Vec::new();
+        for index in 0..info.regions {
+            // A region that a device does not have is an error for some servers (VGA), and one of no size for others.
+            let (info, fd) = known(connection.region_info(index).await)?;
+            regions.push(RegionState::new(info, fd));
+        }
+        let mut irqs = Vec::new();
+        for index in 0..info.irqs {
+            irqs.push(known(connection.irq_info(index).await)?);
+        }
+        let limits = connection.limits();
+        let backend = Backend::User(connection.clone());
+        let dma = AddressSpace::new(backend, &options.iova_ranges, limits.page_size, limits.max_dma_maps);
+        connection.serve(&dma);
+        reactor::spawn(dma.reclaimer());
+        let info = DeviceInfo {
+            pci: info.flags & FLAG_PCI != 0,
+            reset: info.flags & FLAG_RESET != 0,
+            regions: info.regions,
+            irqs: info.irqs,
+        };
+        let vectors = RefCell::default();
+        Ok(Self { inner: Rc::new(Inner { address: address.clone(), connection, info, regions, irqs, vectors, dma }) })
+    }
+
+    /// Where the device is.
+    pub fn address(&self) -> &Address {
+        &self.inner.address
+    }
+
+    /// What the device says of itself.
+    pub fn info(&self) -> DeviceInfo {
+        self.inner.info
+    }
+
+    /// The connection, for what has no method here.
+    pub fn connection(&self) -> &Rc<Connection> {
+        &self.inner.connection
+    }
+
+    /// The memory that the device sees.
+    pub fn dma(&self) -> &AddressSpace {
+        &self.inner.dma
+    }
+
+    /// Why the device is gone, if it is. Cheap while it is not.
+    #[inline]
+    pub fn is_gone(&self) -> Option<Error> {
+        self.inner.connection.cause()
+    }
+
+    /// Waits until the device is gone: its server has ended, or broke the protocol, or missed a deadline.
+    pub async fn gone(&self) -> Error {
+        self.inner.connection.gone().await
+    }
+
+    /// A region, by its index ([`index`]).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the device has none of this index.
+    pub fn region(&self, index: u32) -> Result<Region> {
+        match self.inner.regions.get(index as usize) {
+            Some(state) if state.info.size != 0 => Ok(Region::new(self.inner.clone(), index)),
+            _ => Err(Error::Unsupported { what: format!("region {index} ({}): it has none", region::name(index)) }),
+        }
+    }
+
+    /// A base address register's region, `n` from 0 to 5, mapped as far as the device allows.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the device has none of this number, [`Error::DeviceFault`] when what it gives to map can't be
+    /// mapped.
+    pub fn bar(&self, n: u32) -> Result<Bar> {
+        if n > index::BAR5 {
+            return Err(Error::invalid(format!("BAR {n}: a PCI device has 0 to 5")));
+        }
+        Bar::new(self.region(n)?)
+    }
+
+    /// Configuration space.
+    pub fn config(&self) -> ConfigSpace {
+        ConfigSpace::new(Region::new(self.inner.clone(), index::CONFIG))
+    }
+
+    /// What the device has of an interrupt index; a count of 0 where it has none.
+    pub fn irq(&self, irq: Irq) -> IrqInfo {
+        self.inner.irqs.get(irq as usize).copied().unwrap_or_default()
+    }
+
+    /// Has `count` vectors from `start` on signalled to eventfds of our own.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the device does not have these vectors, [`Error::Invalid`] when another [`Interrupt`] has one
+    /// of them, [`Error::Refused`] when it says no; none of them is
+    /// left on then.
+    pub async fn interrupts(&self, irq: Irq, start: u32, count: u32) -> Result<Vec<Interrupt>> {
+        interrupt::assign(&self.inner, irq, start, count).await
+    }
+
+    /// Unmasks an INTx interrupt: it is masked each time that it fires.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when the device says no.
+    pub async fn unmask(&self, irq: Irq) -> Result<()> {
+        self.inner.connection.unmask_irqs(irq as u32, 0, 1).await
+    }
+
+    /// Resets the device. What it knew of queues and interrupts is lost, DMA mappings stay.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the device has no reset, [`Error::Refused`] when it failed.
+    pub async fn reset(&self) -> Result<()> {
+        if !self.inner.info.reset {
+            return Err(Error::Unsupported { what: "a reset".into() });
+        }
+        self.inner.connection.reset().await
+    }
+
+    /// Lets the device master the bus (do DMA, send MSIs) and decode its memory, or takes the former from it.
+    ///
+    /// # Errors
+    /// [`Error::DeviceFault`] when the bit does not go off: nothing proves then that the device has stopped.
+    pub async fn set_bus_master(&self, on: bool) -> Result<()> {
+        let config = self.config();
+        let command: u16 = config.read(pci::offset::COMMAND).await?;
+        let bits = pci::COMMAND_BUS_MASTER | if on { pci::COMMAND_MEMORY } else { 0 };
+        let wanted = if on { command | bits } else { command & !bits };
+        config.write(pci::offset::COMMAND, wanted).await?;
+        if !on && config.read::<u16>(pci::offset::COMMAND).await? & pci::COMMAND_BUS_MASTER != 0 {
+            return Err(Error::fault("its bus-master bit can't be cleared"));
+        }
+        Ok(())
+    }
+}
+
+/// What a server refuses to describe, the device does not have.
+fn known<T: Default>(result: Result<T>) -> Result<T> {
+    match result {
+        Err(Error::Refused { .. }) => Ok(T::default()),
+        result => result,
+    }
+}

@@ -1,0 +1,177 @@
+//! Registers in mapped device memory.
+//!
+//! An access is one volatile load or store of the register's width, little-endian, never split, merged or repeated. Volatile
+//! accesses of one thread stay in order among themselves; their order against DMA memory is explicit:
+//! [`Register::write_after_dma`] and [`Register::read_before_dma`].
+
+use std::{fmt, ptr::NonNull, sync::Arc};
+
+use crate::{Error, Result, dma::SharedMemory};
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// An unsigned integer of a register's width.
+pub trait Value: sealed::Sealed + Copy + Send + Sync + fmt::Debug + fmt::LowerHex + PartialEq + Into<u64> + 'static {
+    /// Bytes.
+    const SIZE: usize;
+    /// The value as the device's little-endian bytes are in a register of this machine, and back.
+    #[doc(hidden)]
+    fn swap_le(self) -> Self;
+    /// The low bits of `value`.
+    #[doc(hidden)]
+    fn truncate(value: u64) -> Self;
+}
+
+macro_rules! value {
+    ($($ty:ty)*) => {$(
+        impl sealed::Sealed for $ty {}
+        impl Value for $ty {
+            const SIZE: usize = size_of::<$ty>();
+            #[inline]
+            fn swap_le(self) -> Self {
+                self.to_le()
+            }
+            #[inline]
+            fn truncate(value: u64) -> Self {
+                value as $ty
+            }
+        }
+    )*};
+}
+
+value!(u8 u16 u32 u64);
+
+/// Makes all stores to DMA memory visible to the device before any later store to a register.
+#[inline(always)]
+fn dma_write_barrier() {
+    // The outer-shareable domain has the devices in it; x86 keeps stores in order, so that the compiler is all to hold back.
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a barrier.
+    unsafe {
+        std::arch::asm!("dmb oshst", options(nostack, preserves_flags))
+    };
+    #[cfg(target_arch = "x86_64")]
+    std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
+    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+}
+
+/// Keeps loads of DMA memory after the register load before it.
+#[inline(always)]
+fn dma_read_barrier() {
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a barrier.
+    unsafe {
+        std::arch::asm!("dmb oshld", options(nostack, preserves_flags))
+    };
+    #[cfg(target_arch = "x86_64")]
+    std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
+    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+}
+
+/// A register of a mapped BAR. It keeps the mapping alive, not the device: after the device is gone, writes go nowhere and reads
+/// give what was left there.
+pub struct Register<T> {
+    at: NonNull<T>,
+    memory: Arc<SharedMemory>,
+}
+
+// SAFETY: the pointer is into `memory`, which may be used from every thread; all accesses are volatile.
+unsafe impl<T: Value> Send for Register<T> {}
+// SAFETY: as above.
+unsafe impl<T: Value> Sync for Register<T> {}
+
+impl<T> Clone for Register<T> {
+    fn clone(&self) -> Self {
+        Self { at: self.at, memory: self.memory.clone() }
+    }
+}
+
+impl<T> fmt::Debug for Register<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Register").field(&self.at).finish()
+    }
+}
+
+impl<T: Value> Register<T> {
+    /// The register at `offset` of mapped memory.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when it is not aligned to its size, or not inside of the writable mapping.
+    pub fn new(memory: &Arc<SharedMemory>, offset: u64) -> Result<Self> {
+        let inside = offset.checked_add(T::SIZE as u64).is_some_and(|end| end <= memory.len() as u64);
+        if !inside || !offset.is_multiple_of(T::SIZE as u64) || !memory.is_writable() {
+            return Err(Error::invalid(format!(
+                "a register of {} bytes at {offset:#x} is misaligned or outside of the writable mapping of {:#x} bytes",
+                T::SIZE,
+                memory.len()
+            )));
+        }
+        // SAFETY: inside of the mapping, as was just checked.
+        let at = unsafe { memory.as_ptr().add(offset as usize) }.cast();
+        Ok(Self { at, memory: memory.clone() })
+    }
+
+    /// Loads the register.
+    #[inline]
+    pub fn read(&self) -> T {
+        // SAFETY: `new` checked place and alignment (a mapping starts at a page), and the mapping lives as long as `memory`.
+        unsafe { self.at.as_ptr().read_volatile() }.swap_le()
+    }
+
+    /// Stores to the register.
+    #[inline]
+    pub fn write(&self, value: T) {
+        // SAFETY: as in `read`.
+        unsafe { self.at.as_ptr().write_volatile(value.swap_le()) }
+    }
+
+    /// Stores to the register after all that this thread stored to DMA memory before: a doorbell.
+    #[inline]
+    pub fn write_after_dma(&self, value: T) {
+        dma_write_barrier();
+        self.write(value);
+    }
+
+    /// Loads the register before all that this thread loads from DMA memory after.
+    #[inline]
+    pub fn read_before_dma(&self) -> T {
+        let value = self.read();
+        dma_read_barrier();
+        value
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dma::HugePages;
+
+    #[test]
+    fn registers_of_every_width() {
+        let (fd, memory) = SharedMemory::create("test", 4096, HugePages::No).unwrap();
+        let memory = Arc::new(memory);
+        Register::<u64>::new(&memory, 8).unwrap().write(0x1122_3344_5566_7788);
+        assert_eq!(Register::<u32>::new(&memory, 12).unwrap().read(), 0x1122_3344);
+        assert_eq!(Register::<u16>::new(&memory, 8).unwrap().read_before_dma(), 0x7788);
+        Register::<u8>::new(&memory, 15).unwrap().write_after_dma(0xff);
+        assert_eq!(Register::<u64>::new(&memory, 8).unwrap().read(), 0xff22_3344_5566_7788);
+        let last = Register::<u32>::new(&memory, 4092).unwrap();
+        drop(memory);
+        last.write(7);
+        assert_eq!(last.read(), 7);
+        let read_only = Arc::new(SharedMemory::map(&fd, 0, 4096, false).unwrap());
+        assert!(Register::<u32>::new(&read_only, 0).is_err());
+    }
+
+    #[test]
+    fn misplaced_registers_are_refused() {
+        let memory = Arc::new(SharedMemory::create("test", 4096, HugePages::No).unwrap().1);
+        for offset in [2, 4094, 4096, u64::MAX, u64::MAX - 3] {
+            assert!(Register::<u32>::new(&memory, offset).is_err(), "{offset:#x}");
+        }
+    }
+}
