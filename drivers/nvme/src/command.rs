@@ -36,7 +36,7 @@ pub(crate) async fn run(queue: &Rc<QueuePair>, sqe: Sqe, mut buf: Option<DmaBuf>
             let slot = queue.slot(index);
             if slot.state.get() == State::Done {
                 pending.index = None;
-                let result = queue.extras[usize::from(index)].result.get();
+                let result = slot.result.get();
                 let (outcome, buf) = (slot.outcome().map(|()| result), slot.buf.take());
                 queue.free_slot(index);
                 return Poll::Ready((outcome, buf));

@@ -85,7 +85,7 @@ impl Large {
             let iova = self.iova + self.submitted as u64;
             self.parent.outstanding.set(self.parent.outstanding.get() + 1);
             let (prp1, prp2) = queue.prps(index, iova, len);
-            queue.extras[usize::from(index)].parent.set(Some(self.parent.clone()));
+            queue.slot(index).parent.set(Some(self.parent.clone()));
             queue.start(queue.slot(index), sqe.prps(prp1, prp2), State::Part);
             self.submitted += len;
         }

@@ -40,8 +40,10 @@ pub struct Namespace {
     pub(crate) shift: u32,
     /// Bytes of the largest command: whole blocks.
     pub(crate) part_len: usize,
-    /// A block up to which any single command fits.
-    safe_lba: u64,
+    /// The blocks below this can start any single command.
+    safe_end: u64,
+    /// The block size less one.
+    mask: usize,
 }
 
 impl Namespace {
@@ -60,8 +62,8 @@ impl Namespace {
             );
             return Err(vfio_uring::Error::Unsupported { what }.into());
         }
-        let safe_lba = info.blocks.saturating_sub((part_len >> shift) as u64);
-        Ok(Self { queue, info, shift, part_len, safe_lba })
+        let safe_end = info.blocks.saturating_sub((part_len >> shift) as u64);
+        Ok(Self { queue, info, shift, part_len, safe_end, mask: info.block_size as usize - 1 })
     }
 
     /// What Identify says of it.
@@ -123,10 +125,9 @@ impl Namespace {
         let len = buf.len();
         // Of 0 bytes, the difference is huge.
         len.wrapping_sub(1) < self.part_len
-            && len & (self.block_size() - 1) == 0
-            && lba <= self.safe_lba
+            && len & self.mask == 0
+            && lba < self.safe_end
             && buf.space_id() == self.queue.space_id
-            && self.safe_lba != 0
     }
 
     /// Checks a transfer of any length.
@@ -135,7 +136,7 @@ impl Namespace {
         let len = buf.len();
         let blocks = (len >> self.shift) as u64;
         let fits = lba <= self.info.blocks && blocks <= self.info.blocks - lba;
-        let whole = len & (self.block_size() - 1) == 0;
+        let whole = len & self.mask == 0;
         if len != 0 && whole && fits && buf.space_id() == self.queue.space_id { Ok(()) } else { Err(self.refuse(lba, buf)) }
     }
 
@@ -195,7 +196,7 @@ enum Slow {
 impl Future for Io<'_> {
     type Output = (Result<()>, DmaBuf);
 
-    #[inline]
+    #[inline(always)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let queue = &*this.ns.queue;
@@ -270,6 +271,7 @@ impl<'a> Io<'a> {
         self.slow = Some(Box::new(if buf.len() > self.ns.part_len {
             Slow::Large(Large::new(self.opcode, self.lba, buf))
         } else {
+            // No slot is free, or the transfer ends so close to the namespace's end that the quick test turned it away.
             self.buf = Some(buf);
             Slow::Queued(None)
         }));

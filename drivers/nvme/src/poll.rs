@@ -13,7 +13,7 @@ use vfio_uring::reactor::{Poller, Standby};
 use crate::{
     Error,
     queue::{NONE, QueuePair, Slot, State, TICKS},
-    spec::CqeTail,
+    spec::{CqeTail, Status},
 };
 
 /// Looks at the queue between two looks at the clock while the reactor spins.
@@ -23,10 +23,18 @@ impl Poller for QueuePair {
     #[inline]
     fn poll(&self) -> bool {
         self.ring_sq();
-        let found = self.drain();
-        if self.stream.listed.get() != 0 {
-            self.stream.task.take().wake();
-        }
+        let stream = self.stream.task.take();
+        let found = if stream.is_none() {
+            self.drain(|index, slot, status| self.list(index, slot, status)) != 0
+        } else if self.has_completion() {
+            // The stream's task takes them itself, and spares them the list.
+            let mut stream = stream;
+            stream.wake();
+            true
+        } else {
+            self.stream.task.set(stream);
+            false
+        };
         let looks = self.looks.get().wrapping_add(1);
         self.looks.set(looks);
         if looks.is_multiple_of(CLOCK_INTERVAL) {
@@ -45,8 +53,10 @@ impl Poller for QueuePair {
 impl QueuePair {
     #[inline]
     fn ring_sq(&self) {
-        let tail = self.sq_tail.get();
-        if tail != self.sq_rung.get() && !self.dead.get() {
+        let (tail, rung) = (self.sq_tail.get(), self.sq_rung.get());
+        if tail != rung && !self.dead.get() {
+            let new = if tail > rung { tail - rung } else { tail + self.entries - rung };
+            self.in_flight.set(self.in_flight.get() + new);
             self.sq_rung.set(tail);
             self.sq_doorbell.write(tail);
         }
@@ -58,94 +68,110 @@ impl QueuePair {
         }
     }
 
-    /// Takes the completions that are there.
+    /// Whether there is a completion to take.
     #[inline]
-    fn drain(&self) -> bool {
-        let Some(rings) = &self.rings else { return false };
-        let mut head = self.cq_head.get();
-        let mut phase = self.phase.get();
-        let mut taken = 0;
-        // A controller that completes without end runs out of commands, and is found out by that.
-        loop {
-            let Ok(word) = rings.cq.load_u64(head as usize, CqeTail::OFFSET) else { break };
-            let tail = CqeTail(word);
-            if tail.phase() != phase || self.dead.get() {
-                break;
-            }
-            self.complete(tail, head);
-            head += 1;
-            if head == self.entries {
-                head = 0;
-                phase = !phase;
-            }
-            taken += 1;
-        }
-        if taken == 0 {
-            return false;
-        }
-        self.cq_head.set(head);
-        self.phase.set(phase);
-        self.in_flight.set(self.in_flight.get().saturating_sub(taken));
-        self.cq_taken.set(self.cq_taken.get() + taken);
-        // The queue has room for more than all slots, so the controller need not hear of every batch at once.
-        if self.cq_taken.get() * 4 >= self.entries {
-            self.ring_cq();
-        }
-        true
+    fn has_completion(&self) -> bool {
+        let word = self.rings.cq.load_u64(self.cq_head.get() as usize, CqeTail::OFFSET);
+        matches!(word, Ok(word) if (word ^ self.phase.get()) & CqeTail::PHASE == 0) && !self.dead.get()
     }
 
-    /// Ends the command that the completion at `head` names.
-    #[inline]
-    fn complete(&self, tail: CqeTail, head: u32) {
-        let cid = tail.cid();
-        let index = cid & self.index_mask;
-        let Some(slot) = self.slots.get(usize::from(index)).filter(|slot| slot.cid.get() == cid) else {
-            return self.break_rule(tail);
-        };
-        if tail.sq_id() != self.id || u32::from(tail.sq_head()) >= self.entries {
-            return self.break_rule(tail);
+    /// Takes the completions that are there; those of streamed commands go to `streamed`, with their slots. How many there were.
+    #[inline(always)]
+    pub(crate) fn drain(&self, mut streamed: impl FnMut(u16, &Slot, Status)) -> u32 {
+        if self.dead.get() {
+            return 0;
         }
-        // The next command of the slot has another identifier.
-        slot.cid.set(cid.wrapping_add(self.index_mask + 1));
-        slot.status.set(tail.status());
+        let mut taken = 0;
+        // Where the queue is read is kept in it all the time: what is called meanwhile may panic, or come here again. A controller
+        // that completes without end runs out of commands, and is found out by that.
+        loop {
+            let head = self.cq_head.get();
+            let Ok(word) = self.rings.cq.load_u64(head as usize, CqeTail::OFFSET) else { break };
+            if (word ^ self.phase.get()) & CqeTail::PHASE != 0 {
+                break;
+            }
+            let tail = CqeTail(word);
+            self.cq_head.set(head + 1);
+            if head + 1 == self.entries {
+                self.cq_head.set(0);
+                self.phase.set(self.phase.get() ^ CqeTail::PHASE);
+            }
+            taken += 1;
+            let index = tail.cid() & self.index_mask;
+            let slot = self.slots.get(usize::from(index)).filter(|slot| slot.key.get() == tail.key());
+            let Some(slot) = slot else {
+                self.break_rule(tail);
+                break;
+            };
+            // The next command of the slot has another key.
+            slot.key.set(tail.key().wrapping_add(self.key_step));
+            if slot.state.get() == State::Streamed {
+                streamed(index, slot, tail.status());
+            } else if !self.complete(index, slot, tail, head as usize) {
+                break;
+            }
+        }
+        if taken != 0 {
+            // A controller may complete what it was not told of yet.
+            self.in_flight.set(self.in_flight.get().saturating_sub(taken));
+            self.cq_taken.set(self.cq_taken.get() + taken);
+            // The queue has room for more than all slots, so the controller need not hear of every batch at once.
+            if self.cq_taken.get() * 4 >= self.entries {
+                self.ring_cq();
+            }
+        }
+        taken
+    }
+
+    /// Ends a command that was not streamed. False: it was not outstanding, and the queue has ended.
+    #[inline]
+    fn complete(&self, index: u16, slot: &Slot, tail: CqeTail, at: usize) -> bool {
         match slot.state.get() {
             State::Waiting => {
+                slot.status.set(tail.status());
                 slot.state.set(State::Done);
                 slot.task.take().wake();
+                true
             }
-            State::Streamed => {
-                slot.state.set(State::Listed);
-                let stream = &self.stream;
-                let listed = stream.listed.get();
-                // As long as the slots: each is in it once.
-                if let Some(place) = stream.list.get(listed) {
-                    place.set(index);
-                    stream.listed.set(listed + 1);
-                }
-            }
-            _ => self.complete_aside(index, tail, head),
+            _ => self.complete_aside(index, slot, tail, at),
         }
     }
 
     #[cold]
-    fn complete_aside(&self, index: u16, tail: CqeTail, head: u32) {
-        let (slot, extra) = (self.slot(index), &self.extras[usize::from(index)]);
+    fn complete_aside(&self, index: u16, slot: &Slot, tail: CqeTail, at: usize) -> bool {
         match slot.state.get() {
             State::Command => {
-                let cqe = self.rings.as_ref().and_then(|rings| rings.cq.get(head as usize).ok());
-                extra.result.set(cqe.map_or(0, |cqe| cqe.result()));
+                slot.result.set(self.rings.cq.get(at).map_or(0, |cqe| cqe.result()));
+                slot.status.set(tail.status());
                 slot.state.set(State::Done);
                 slot.task.take().wake();
             }
             State::Part | State::Orphaned => {
-                if let Some(parent) = extra.parent.take() {
+                if let Some(parent) = slot.parent.take() {
                     parent.finish(tail.status());
                 }
                 // If there is a buffer, nobody waits for it any more, and the controller is done with it.
                 drop(slot.buf.take());
                 self.free_slot(index);
             }
-            _ => self.break_rule(tail),
+            _ => {
+                self.break_rule(tail);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Keeps a streamed command that is done until the stream's task looks.
+    #[inline]
+    fn list(&self, index: u16, slot: &Slot, status: Status) {
+        slot.status.set(status);
+        slot.state.set(State::Listed);
+        let listed = self.stream.listed.get();
+        // The list is as long as the slots, each of which is in it once.
+        if let Some(place) = self.stream.list.get(listed) {
+            place.set(index);
+            self.stream.listed.set(listed + 1);
         }
     }
 
@@ -169,11 +195,11 @@ impl QueuePair {
         tracing::warn!(queue = self.id, %error, "an NVMe queue has ended");
         *self.ended.borrow_mut() = Some(Arc::new(error));
         self.free.set(NONE);
-        for (slot, extra) in self.slots.iter().zip(&self.extras).filter(|(slot, _)| slot.state.get().in_flight()) {
+        for slot in self.slots.iter().filter(|slot| slot.state.get().in_flight()) {
             slot.task.take().wake();
-            if let Some(parent) = extra.parent.take() {
+            if let Some(parent) = slot.parent.take() {
                 parent.wake();
-                extra.parent.set(Some(parent));
+                slot.parent.set(Some(parent));
             }
         }
         self.stream.task.take().wake();
@@ -192,12 +218,13 @@ impl QueuePair {
             return;
         }
         self.next_tick.set(now + self.timeout / u32::from(TICKS) + Duration::from_micros(1));
-        let ticks = self.ticks.get().wrapping_add(1);
-        self.ticks.set(ticks);
-        let late = |slot: &&Slot| slot.state.get().in_flight() && ticks.wrapping_sub(slot.tick.get()) > TICKS + 1;
-        if let Some(slot) = self.slots.iter().find(late) {
-            let what = format!("command {:#06x} of queue {}", slot.cid.get(), self.id);
-            self.end(vfio_uring::Error::Timeout { what, after: self.timeout }.into());
+        for slot in self.slots.iter().filter(|slot| slot.state.get().in_flight()) {
+            let age = if slot.aged.replace(slot.cid()) == slot.cid() { slot.age.get() + 1 } else { 0 };
+            slot.age.set(age);
+            if age > TICKS {
+                let what = format!("command {:#06x} of queue {}", slot.cid(), self.id);
+                return self.end(vfio_uring::Error::Timeout { what, after: self.timeout }.into());
+            }
         }
     }
 

@@ -9,7 +9,7 @@ const ENTRIES: usize = PAGE / 8;
 /// PRP1 and PRP2 for `len` bytes (not 0) at `iova`. From the third page on they are named in the list page of slot `index`;
 /// the caller has limited `len` to what one list names.
 #[inline]
-pub(crate) fn prps<'a>(iova: u64, len: usize, index: u16, lists: impl FnOnce() -> Option<&'a DmaRing<u64>>) -> (u64, u64) {
+pub(crate) fn prps(iova: u64, len: usize, index: u16, lists: Option<&DmaRing<u64>>) -> (u64, u64) {
     let offset = iova as usize & (PAGE - 1);
     if offset + len <= PAGE {
         return (iova, 0);
@@ -19,7 +19,7 @@ pub(crate) fn prps<'a>(iova: u64, len: usize, index: u16, lists: impl FnOnce() -
     if len - first <= PAGE {
         return (iova, second);
     }
-    (iova, lists().map_or(second, |lists| write_list(lists, index, second, len - first)))
+    (iova, lists.map_or(second, |lists| write_list(lists, index, second, len - first)))
 }
 
 /// Names the pages from `iova` on, `len` bytes, in a slot's list, and gives the list's address.
@@ -43,7 +43,7 @@ mod tests {
         let space = AddressSpace::new(Backend::Null, &[IovaRange { start: 0, last: u64::MAX }], 4096, 64);
         let pool = futures::executor::block_on(Pool::new(&space, 2 * PAGE, HugePages::No)).unwrap();
         let lists = DmaRing::new(pool.alloc(2 * PAGE).unwrap().into_shared()).unwrap();
-        let prps = |iova, len| prps(iova, len, 1, || Some(&lists));
+        let prps = |iova, len| prps(iova, len, 1, Some(&lists));
         assert_eq!(prps(0x1000, 4096), (0x1000, 0));
         assert_eq!(prps(0x1000, 4097), (0x1000, 0x2000));
         assert_eq!(prps(0x1200, 4096), (0x1200, 0x2000));

@@ -23,7 +23,7 @@ use crate::{
     large::Parent,
     line::{Line, Ticket},
     prp,
-    spec::{Cqe, Sqe, Status},
+    spec::{Cqe, CqeTail, Sqe, Status},
 };
 
 /// Ticks of the queue's clock that a command may take: its timeout is divided into so many.
@@ -90,37 +90,40 @@ impl State {
     }
 }
 
-/// What every command needs of its slot: one cache line.
+/// A slot, in one cache line.
 #[repr(align(64))]
 pub(crate) struct Slot {
     /// The command's buffer.
     pub(crate) buf: Cell<Option<DmaBuf>>,
     pub(crate) task: Cell<TaskRef>,
-    /// The identifier of the slot's command: its index below, a generation above.
-    pub(crate) cid: Cell<u16>,
+    /// The transfer that the command is a part of, and whose buffer it uses.
+    pub(crate) parent: Cell<Option<Rc<Parent>>>,
+    /// What the completion of the slot's command names: the queue below; above, its identifier, which is the slot's index with
+    /// a generation.
+    pub(crate) key: Cell<u32>,
+    /// Dword 0 of the completion.
+    pub(crate) result: Cell<u32>,
     /// The next free slot.
     pub(crate) next: Cell<u16>,
     pub(crate) status: Cell<Status>,
     pub(crate) state: Cell<State>,
-    /// The queue's tick at the submission.
-    pub(crate) tick: Cell<u8>,
+    /// Ticks of the queue's clock that the command has seen, and its identifier when it saw them.
+    pub(crate) age: Cell<u8>,
+    pub(crate) aged: Cell<u16>,
 }
 
 const _: () = assert!(size_of::<Slot>() == 64);
-
-/// What few commands need.
-#[derive(Default)]
-pub(crate) struct Extra {
-    /// Dword 0 of the completion.
-    pub(crate) result: Cell<u32>,
-    /// The transfer that the command is a part of, and whose buffer it uses.
-    pub(crate) parent: Cell<Option<Rc<Parent>>>,
-}
 
 /// No slot.
 pub(crate) const NONE: u16 = u16::MAX;
 
 impl Slot {
+    /// The identifier of the slot's command.
+    #[inline]
+    pub(crate) fn cid(&self) -> u16 {
+        (self.key.get() >> 16) as u16
+    }
+
     /// Gives the slot, which has none, the command's buffer.
     #[inline]
     pub(crate) fn put(&self, buf: DmaBuf) {
@@ -138,7 +141,7 @@ impl Slot {
 
 /// The completion stream of a queue.
 pub(crate) struct StreamState {
-    /// Slots of completed commands, in order; the first `listed`.
+    /// Slots of commands whose completion was taken while the stream's task was not waiting, in order; the first `listed`.
     pub(crate) list: Box<[Cell<u16>]>,
     pub(crate) listed: Cell<usize>,
     pub(crate) in_flight: Cell<u32>,
@@ -155,15 +158,16 @@ pub(crate) struct Rings {
 
 pub(crate) struct QueuePair {
     pub(crate) id: u16,
-    /// Taken when the queue is dropped.
-    pub(crate) rings: Option<Rings>,
+    pub(crate) rings: Rings,
     pub(crate) slots: Box<[Slot]>,
-    pub(crate) extras: Box<[Extra]>,
     /// Mask of a slot's index in a command identifier.
     pub(crate) index_mask: u16,
+    /// What makes a slot's key that of its next command.
+    pub(crate) key_step: u32,
     pub(crate) entries: u32,
     /// The first free slot; [`NONE`] also once the queue has ended.
     pub(crate) free: Cell<u16>,
+    /// Commands that the controller was told of and that are not done.
     pub(crate) in_flight: Cell<u32>,
     pub(crate) line: Line,
     pub(crate) sq_doorbell: Posted<u32>,
@@ -173,12 +177,12 @@ pub(crate) struct QueuePair {
     pub(crate) cq_head: Cell<u32>,
     /// Completions taken since the completion queue's doorbell was rung.
     pub(crate) cq_taken: Cell<u32>,
-    pub(crate) phase: Cell<bool>,
+    /// The phase tag of new completions, at its place in them.
+    pub(crate) phase: Cell<u64>,
     pub(crate) max_transfer: usize,
     pub(crate) space_id: u64,
     pub(crate) stream: StreamState,
     pub(crate) looks: Cell<u32>,
-    pub(crate) ticks: Cell<u8>,
     pub(crate) next_tick: Cell<Instant>,
     pub(crate) timeout: Duration,
     pub(crate) device: Option<Device>,
@@ -202,6 +206,7 @@ impl QueuePair {
         let entries = count + 1;
         let sq = DmaRing::new(memory.alloc(entries * size_of::<Sqe>())?.into_shared())?;
         let cq = DmaRing::<Cqe>::new(memory.alloc(entries * size_of::<Cqe>())?.into_shared())?;
+        sq.clear();
         cq.clear();
         let lists = match max_transfer > 2 * prp::PAGE {
             true => Some(DmaRing::new(memory.alloc(count * prp::PAGE)?.into_shared())?),
@@ -210,18 +215,21 @@ impl QueuePair {
         let slot = |index: usize| Slot {
             buf: Cell::default(),
             task: Cell::default(),
-            cid: Cell::new(index as u16),
+            parent: Cell::default(),
+            key: Cell::new((index as u32) << 16 | u32::from(id)),
+            result: Cell::new(0),
             next: Cell::new(if index + 1 < count { index as u16 + 1 } else { NONE }),
             status: Cell::new(Status(0)),
             state: Cell::new(State::Free),
-            tick: Cell::new(0),
+            age: Cell::new(0),
+            aged: Cell::new(0),
         };
         Ok(Self {
             id,
-            rings: Some(Rings { sq, cq, lists }),
+            rings: Rings { sq, cq, lists },
             slots: (0..count).map(slot).collect(),
-            extras: (0..count).map(|_| Extra::default()).collect(),
             index_mask: (count.next_power_of_two() - 1) as u16,
+            key_step: (count.next_power_of_two() as u32) << 16,
             entries: entries as u32,
             free: Cell::new(0),
             in_flight: Cell::new(0),
@@ -232,7 +240,7 @@ impl QueuePair {
             sq_rung: Cell::new(0),
             cq_head: Cell::new(0),
             cq_taken: Cell::new(0),
-            phase: Cell::new(true),
+            phase: Cell::new(CqeTail::PHASE),
             max_transfer,
             space_id: memory.space_id(),
             stream: StreamState {
@@ -243,7 +251,6 @@ impl QueuePair {
                 taken: Cell::new(false),
             },
             looks: Cell::new(0),
-            ticks: Cell::new(0),
             next_tick: Cell::new(Instant::now()),
             timeout,
             device,
@@ -255,7 +262,7 @@ impl QueuePair {
 
     /// Where the controller finds the submission and the completion queue.
     pub(crate) fn ring_iovas(&self) -> (u64, u64) {
-        self.rings.as_ref().map_or((0, 0), |rings| (rings.sq.iova(), rings.cq.iova()))
+        (self.rings.sq.iova(), self.rings.cq.iova())
     }
 
     /// Why the queue has ended.
@@ -296,7 +303,7 @@ impl QueuePair {
     /// PRP1 and PRP2 of a command in slot `index`.
     #[inline]
     pub(crate) fn prps(&self, index: u16, iova: u64, len: usize) -> (u64, u64) {
-        prp::prps(iova, len, index, || self.rings.as_ref()?.lists.as_ref())
+        prp::prps(iova, len, index, self.rings.lists.as_ref())
     }
 
     /// Submits the command of a slot that was taken; the doorbell follows at the end of the turn. The rings have more entries
@@ -304,14 +311,10 @@ impl QueuePair {
     #[inline]
     pub(crate) fn start(&self, slot: &Slot, sqe: Sqe, state: State) {
         slot.state.set(state);
-        slot.tick.set(self.ticks.get());
         let tail = self.sq_tail.get();
-        if let Some(rings) = &self.rings {
-            // The tail is always below the number of entries.
-            let _ = rings.sq.set(tail as usize, &sqe.with_cid(slot.cid.get()));
-        }
+        // The tail is always below the number of entries.
+        let _ = self.rings.sq.set(tail as usize, &sqe.with_key(slot.key.get()));
         self.sq_tail.set(if tail + 1 == self.entries { 0 } else { tail + 1 });
-        self.in_flight.set(self.in_flight.get() + 1);
     }
 
     /// Notes who waits for a slot's command.
@@ -328,7 +331,11 @@ impl QueuePair {
 
     #[inline]
     pub(crate) fn free_slot(&self, index: u16) {
-        let slot = self.slot(index);
+        self.free_this(index, self.slot(index));
+    }
+
+    #[inline]
+    pub(crate) fn free_this(&self, index: u16, slot: &Slot) {
         slot.state.set(State::Free);
         if self.line.is_contended() {
             return self.line.give(index);
@@ -366,20 +373,17 @@ impl Drop for QueuePair {
     /// Without a proof that the controller is done with it, memory is given up, not freed.
     fn drop(&mut self) {
         if self.quiesced.get() {
+            let Rings { sq, cq, lists } = &self.rings;
+            sq.shared().release();
+            cq.shared().release();
+            lists.iter().for_each(|lists| lists.shared().release());
             return;
         }
-        if let Some(rings) = self.rings.take() {
-            rings.sq.quarantine();
-            rings.cq.quarantine();
-            if let Some(lists) = rings.lists {
-                lists.quarantine();
-            }
-        }
-        for (slot, extra) in self.slots.iter().zip(&self.extras).filter(|(slot, _)| slot.state.get().in_flight()) {
+        for slot in self.slots.iter().filter(|slot| slot.state.get().in_flight()) {
             if let Some(buf) = slot.buf.take() {
                 buf.quarantine();
             }
-            if let Some(parent) = extra.parent.take() {
+            if let Some(parent) = slot.parent.take() {
                 parent.quarantine();
             }
         }

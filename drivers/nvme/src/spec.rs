@@ -149,6 +149,13 @@ impl Sqe {
         self
     }
 
+    /// Sets the command identifier, which is 0 before, from the upper half of a [`CqeTail::key`].
+    #[inline]
+    pub(crate) fn with_key(mut self, key: u32) -> Self {
+        self.0[0] |= u64::from(key & 0xffff_0000).to_le();
+        self
+    }
+
     /// The command identifier.
     pub fn cid(&self) -> u16 {
         (u64::from_le(self.0[0]) >> 16) as u16
@@ -187,11 +194,20 @@ impl CqeTail {
         (self.0 >> 32) as u16
     }
 
+    /// Submission queue and command identifier in one.
+    #[inline]
+    pub fn key(self) -> u32 {
+        (self.0 >> 16) as u32
+    }
+
     /// The phase tag.
     #[inline]
     pub fn phase(self) -> bool {
-        self.0 >> 48 & 1 != 0
+        self.0 & Self::PHASE != 0
     }
+
+    /// The bit of the phase tag.
+    pub const PHASE: u64 = 1 << 48;
 
     /// The status.
     #[inline]

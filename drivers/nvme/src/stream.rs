@@ -8,7 +8,7 @@ use crate::{
     Error, Result,
     namespace::Namespace,
     queue::{Slot, State},
-    spec::nvm,
+    spec::{Status, nvm},
 };
 
 /// A command of a [`CommandStream`]: what [`Completion::token`] will be.
@@ -29,10 +29,21 @@ impl Token {
 pub struct Completion {
     /// Which one.
     pub token: Token,
-    /// How it ended.
-    pub result: Result<()>,
+    /// How it ended, as the controller says.
+    pub status: Status,
     /// Its buffer.
     pub buf: DmaBuf,
+}
+
+impl Completion {
+    /// How it ended.
+    ///
+    /// # Errors
+    /// [`Error::Status`].
+    #[inline]
+    pub fn result(&self) -> Result<()> {
+        if self.status.is_ok() { Ok(()) } else { Err(Error::Status(self.status)) }
+    }
 }
 
 /// A command that was not submitted.
@@ -141,7 +152,7 @@ impl CommandStream {
     pub async fn next_batch(&self, mut each: impl FnMut(Completion)) -> Result<usize> {
         poll_fn(|cx| {
             let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
-            let count = self.take_listed(&mut each);
+            let count = self.take_listed(&mut each) + self.take_new(&mut each);
             if count != 0 || stream.in_flight.get() == 0 {
                 return Poll::Ready(Ok(count));
             }
@@ -162,21 +173,38 @@ impl CommandStream {
         self.next_batch(|completion| to.push(completion)).await.map(drop)
     }
 
-    #[inline]
+    /// Takes what has completed since the queue's last turn.
+    #[inline(always)]
+    fn take_new(&self, each: &mut impl FnMut(Completion)) -> usize {
+        let queue = &*self.ns.queue;
+        let mut count = 0;
+        queue.drain(|index, slot, status| {
+            count += 1;
+            self.give(index, slot, status, each);
+        });
+        count
+    }
+
+    /// Takes what was completed while nobody waited.
     fn take_listed(&self, each: &mut impl FnMut(Completion)) -> usize {
         let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
         let listed = stream.listed.replace(0);
         for place in &stream.list[..listed.min(stream.list.len())] {
-            let index = place.get();
-            let slot = queue.slot(index);
-            let (buf, result) = (slot.buf.take(), slot.outcome());
-            queue.free_slot(index);
-            stream.in_flight.set(stream.in_flight.get() - 1);
-            if let Some(buf) = buf {
-                each(Completion { token: Token(index), result, buf });
-            }
+            let slot = queue.slot(place.get());
+            self.give(place.get(), slot, slot.status.get(), each);
         }
         listed
+    }
+
+    #[inline(always)]
+    fn give(&self, index: u16, slot: &Slot, status: Status, each: &mut impl FnMut(Completion)) {
+        let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
+        let buf = slot.buf.take();
+        queue.free_this(index, slot);
+        stream.in_flight.set(stream.in_flight.get() - 1);
+        if let Some(buf) = buf {
+            each(Completion { token: Token(index), status, buf });
+        }
     }
 }
 

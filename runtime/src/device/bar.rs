@@ -123,6 +123,13 @@ impl<T> Clone for Posted<T> {
     }
 }
 
+impl<T> From<Register<T>> for Posted<T> {
+    /// A store to a mapped register.
+    fn from(register: Register<T>) -> Self {
+        Self { way: Way::Mapped(register) }
+    }
+}
+
 impl<T> fmt::Debug for Posted<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Posted").field("mapped", &matches!(self.way, Way::Mapped(_))).finish()

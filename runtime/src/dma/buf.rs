@@ -1,6 +1,7 @@
 //! Buffers: memory of a pool with one owner.
 
 use std::{
+    cell::Cell,
     fmt,
     ops::{Deref, DerefMut},
     ptr::NonNull,
@@ -45,7 +46,11 @@ struct Inner {
     len: u32,
     /// 0 for a stand-in, which owns no memory.
     capacity: u32,
+    /// Of the pool's space: looked at for every command, so it is near.
+    space_id: u64,
     pool: Arc<pool::Inner>,
+    /// Whether a device sees it all the time, so that it is given up when dropped. Touched through the one `DmaShared` only.
+    shared: Cell<bool>,
 }
 
 // A buffer travels through a command by value: it has to stay cheap to move.
@@ -53,7 +58,7 @@ const _: () = assert!(size_of::<DmaBuf>() == 8 && size_of::<Option<DmaBuf>>() ==
 
 // SAFETY: the memory is the buffer's alone and reachable from every thread; the pool is Send and Sync.
 unsafe impl Send for DmaBuf {}
-// SAFETY: a shared reference gives shared slices only.
+// SAFETY: a shared reference gives shared slices only; the cell is not reachable through one.
 unsafe impl Sync for DmaBuf {}
 
 impl DmaBuf {
@@ -61,7 +66,7 @@ impl DmaBuf {
     /// `capacity` bytes at `ptr` are in `pool`'s mapping, at `iova`, page-aligned, initialised, and nobody else's until they are
     /// released to `pool`. `len` is at most `capacity`.
     pub(super) unsafe fn new(ptr: NonNull<u8>, iova: u64, len: u32, capacity: u32, pool: Arc<pool::Inner>) -> Self {
-        Self(Box::new(Inner { ptr, iova, len, capacity, pool }))
+        Self(Box::new(Inner { ptr, iova, len, capacity, space_id: pool.space_id(), pool, shared: Cell::new(false) }))
     }
 
     /// Where the device sees the buffer's first byte.
@@ -103,7 +108,7 @@ impl DmaBuf {
     /// [`AddressSpace::id`](super::AddressSpace::id) of the space that the buffer is mapped in.
     #[inline]
     pub fn space_id(&self) -> u64 {
-        self.0.pool.space_id()
+        self.0.space_id
     }
 
     /// The buffer as an array.
@@ -140,19 +145,23 @@ impl DmaBuf {
     /// An empty buffer of the same pool, of length and capacity 0: what a driver gives back to its caller in the place of a buffer
     /// that a device may still write.
     pub fn stand_in(&self) -> Self {
-        let Inner { ptr, iova, ref pool, .. } = *self.0;
-        Self(Box::new(Inner { ptr, iova, len: 0, capacity: 0, pool: pool.clone() }))
+        let Inner { ptr, iova, space_id, ref pool, .. } = *self.0;
+        Self(Box::new(Inner { ptr, iova, len: 0, capacity: 0, space_id, pool: pool.clone(), shared: Cell::new(false) }))
     }
 
     /// Makes it memory that the device sees all the time, as queues: no slices, volatile and atomic accesses only. All of its
-    /// length counts, and its contents stay.
+    /// length counts, and its contents stay. Dropped, it is given up unless [`DmaShared::release`] was called.
     pub fn into_shared(self) -> DmaShared {
         DmaShared::new(self)
     }
 
+    pub(super) fn set_shared(&self, shared: bool) {
+        self.0.shared.set(shared);
+    }
+
     #[inline]
-    pub(super) fn ptr(&self) -> *mut u8 {
-        self.0.ptr.as_ptr()
+    pub(super) fn ptr(&self) -> NonNull<u8> {
+        self.0.ptr
     }
 }
 
@@ -195,6 +204,9 @@ impl fmt::Debug for DmaBuf {
 
 impl Drop for DmaBuf {
     fn drop(&mut self) {
-        self.0.pool.release(self.0.iova, self.0.capacity);
+        match self.0.shared.get() {
+            true => self.0.pool.quarantine(self.0.capacity),
+            false => self.0.pool.release(self.0.iova, self.0.capacity),
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! Memory that a device sees all the time: queues, lists of pages.
 
 use std::{
-    cell::Cell,
     fmt,
     marker::PhantomData,
+    ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
@@ -17,16 +17,21 @@ use crate::{Error, Result};
 
 /// A [`DmaBuf`] that the device may read and write at any time. No reference to it is ever made: values are copied in and out.
 ///
-/// It moves between threads but is not shared by them: two of them would race each other. Dropped, its memory returns to the
-/// pool: only when the device is proven not to use it any more, else [`DmaShared::quarantine`] it.
+/// It moves between threads but is not shared by them: two of them would race each other. Dropped, its memory is given up, as the
+/// device may still use it; [`DmaShared::release`] or [`DmaShared::into_buf`] say that it does not.
 pub struct DmaShared {
     buf: DmaBuf,
-    not_sync: PhantomData<Cell<()>>,
+    base: NonNull<u8>,
+    len: usize,
 }
+
+// SAFETY: the pointer is into the buffer, which may be sent; not `Sync`, as it is not said to be.
+unsafe impl Send for DmaShared {}
 
 impl DmaShared {
     pub(super) fn new(buf: DmaBuf) -> Self {
-        Self { buf, not_sync: PhantomData }
+        buf.set_shared(true);
+        Self { base: buf.ptr(), len: buf.len(), buf }
     }
 
     /// Where the device sees the first byte.
@@ -38,13 +43,13 @@ impl DmaShared {
     /// Bytes of the memory.
     #[inline]
     pub fn len(&self) -> usize {
-        self.buf.len()
+        self.len
     }
 
     /// Whether it has no bytes.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.buf.is_empty()
+        self.len == 0
     }
 
     /// [`AddressSpace::id`](super::AddressSpace::id) of the space that the memory is mapped in.
@@ -57,7 +62,7 @@ impl DmaShared {
     fn at(&self, offset: usize, len: usize, align: usize) -> Result<*mut u8, OutOfBounds> {
         if offset <= self.len() && len <= self.len() - offset && offset & (align - 1) == 0 {
             // SAFETY: inside of the buffer.
-            Ok(unsafe { self.buf.ptr().add(offset) })
+            Ok(unsafe { self.base.as_ptr().add(offset) })
         } else {
             Err(self.outside(offset, len))
         }
@@ -124,18 +129,19 @@ impl DmaShared {
         for offset in (0..self.len()).step_by(chunk.len()) {
             let len = chunk.len().min(self.len() - offset);
             // SAFETY: inside of the buffer by the minimum; the chunk is a local.
-            unsafe { copy(chunk.as_ptr(), self.buf.ptr().add(offset), len) };
+            unsafe { copy(chunk.as_ptr(), self.base.as_ptr().add(offset), len) };
         }
+    }
+
+    /// The device is proven not to use the memory any more: dropped, it returns to its pool.
+    pub fn release(&self) {
+        self.buf.set_shared(false);
     }
 
     /// The buffer, for slices of it again: when the device is proven not to use it any more.
     pub fn into_buf(self) -> DmaBuf {
+        self.release();
         self.buf
-    }
-
-    /// [`DmaBuf::quarantine`]: for memory that the device may still use.
-    pub fn quarantine(self) {
-        self.buf.quarantine();
     }
 }
 
@@ -212,16 +218,11 @@ impl<T> DmaRing<T> {
         self.shared
     }
 
-    /// [`DmaBuf::quarantine`]: for memory that the device may still use.
-    pub fn quarantine(self) {
-        self.shared.quarantine();
-    }
-
     #[inline(always)]
     fn at(&self, index: usize) -> Result<*mut u8, OutOfBounds> {
         if index < self.len {
             // SAFETY: `len` entries are inside of the buffer.
-            let at = unsafe { self.shared.buf.ptr().add(index * size_of::<T>()) };
+            let at = unsafe { self.shared.base.as_ptr().add(index * size_of::<T>()) };
             // SAFETY: buffers start on a page, and entries are whole u64s. It saves a test for each access.
             unsafe { std::hint::assert_unchecked((at as usize).is_multiple_of(8)) };
             Ok(at)
