@@ -81,11 +81,12 @@ fn a_dropped_reactor_drops_its_tasks_and_their_operations() {
     let joined = {
         let reactor = Reactor::new().unwrap();
         let fd = fd.clone();
-        reactor.block_on(async move {
-            let task = spawn(async move { op::eventfd_count(&fd).await.unwrap() });
+        let mut joined = None;
+        reactor.block_on(async {
+            joined = Some(spawn(async move { op::eventfd_count(&fd).await.unwrap() }));
             yield_now().await;
-            task
-        })
+        });
+        joined.unwrap()
     };
     assert_eq!(Arc::strong_count(&fd), 1, "the slot's reference went with the reactor");
     assert!(run(joined).is_err());

@@ -124,10 +124,10 @@ impl Namespace {
     pub(crate) fn fits_command(&self, lba: u64, buf: &DmaBuf) -> bool {
         let len = buf.len();
         // Of 0 bytes, the difference is huge.
-        len.wrapping_sub(1) < self.part_len
-            && len & self.mask == 0
-            && lba < self.safe_end
-            && buf.space_id() == self.queue.space_id
+        if len.wrapping_sub(1) >= self.part_len || len & self.mask != 0 || lba >= self.safe_end {
+            return false;
+        }
+        buf.space_id() == self.queue.space_id
     }
 
     /// Checks a transfer of any length.

@@ -46,7 +46,7 @@ impl Poller for QueuePair {
     fn standby(&self) -> Standby {
         self.ring_cq();
         self.look_at_clock(Instant::now());
-        if self.in_flight.get() == 0 || self.dead.get() { Standby::Idle } else { Standby::Polled }
+        if self.outstanding() == 0 || self.dead.get() { Standby::Idle } else { Standby::Polled }
     }
 }
 
@@ -55,11 +55,25 @@ impl QueuePair {
     fn ring_sq(&self) {
         let (tail, rung) = (self.sq_tail.get(), self.sq_rung.get());
         if tail != rung && !self.dead.get() {
-            let new = if tail > rung { tail - rung } else { tail + self.entries - rung };
-            self.in_flight.set(self.in_flight.get() + new);
+            let new = self.unpublished();
+            self.in_flight.set(self.in_flight.get().wrapping_add(new));
             self.sq_rung.set(tail);
             self.sq_doorbell.write(tail);
         }
+    }
+
+    /// Commands that the doorbell has not told of.
+    #[inline]
+    fn unpublished(&self) -> u32 {
+        let (tail, rung) = (self.sq_tail.get(), self.sq_rung.get());
+        if tail >= rung { tail - rung } else { tail + self.entries - rung }
+    }
+
+    /// Commands that were submitted and are not done. The sum is exact also when a controller completes what it was not told of
+    /// yet, which makes the first part wrap.
+    #[inline]
+    pub(crate) fn outstanding(&self) -> u32 {
+        self.in_flight.get().wrapping_add(self.unpublished())
     }
 
     fn ring_cq(&self) {
@@ -72,7 +86,7 @@ impl QueuePair {
     #[inline]
     fn has_completion(&self) -> bool {
         let word = self.rings.cq.load_u64(self.cq_head.get() as usize, CqeTail::OFFSET);
-        matches!(word, Ok(word) if (word ^ self.phase.get()) & CqeTail::PHASE == 0) && !self.dead.get()
+        matches!(word, Ok(word) if (CqeTail(word).status_and_phase() ^ self.phase.get()) & 1 == 0) && !self.dead.get()
     }
 
     /// Takes the completions that are there; those of streamed commands go to `streamed`, with their slots. How many there were.
@@ -87,18 +101,18 @@ impl QueuePair {
         loop {
             let head = self.cq_head.get();
             let Ok(word) = self.rings.cq.load_u64(head as usize, CqeTail::OFFSET) else { break };
-            if (word ^ self.phase.get()) & CqeTail::PHASE != 0 {
+            let tail = CqeTail(word);
+            if (tail.status_and_phase() ^ self.phase.get()) & 1 != 0 {
                 break;
             }
-            let tail = CqeTail(word);
             self.cq_head.set(head + 1);
             if head + 1 == self.entries {
                 self.cq_head.set(0);
-                self.phase.set(self.phase.get() ^ CqeTail::PHASE);
+                self.phase.set(self.phase.get() ^ 1);
             }
             taken += 1;
-            let index = tail.cid() & self.index_mask;
-            let slot = self.slots.get(usize::from(index)).filter(|slot| slot.key.get() == tail.key());
+            let index = tail.masked_cid(self.index_mask);
+            let slot = self.slots.get(index).filter(|slot| slot.key.get() == tail.key());
             let Some(slot) = slot else {
                 self.break_rule(tail);
                 break;
@@ -106,14 +120,13 @@ impl QueuePair {
             // The next command of the slot has another key.
             slot.key.set(tail.key().wrapping_add(self.key_step));
             if slot.state.get() == State::Streamed {
-                streamed(index, slot, tail.status());
-            } else if !self.complete(index, slot, tail, head as usize) {
+                streamed(index as u16, slot, tail.status());
+            } else if !self.complete(index as u16, slot, tail, head as usize) {
                 break;
             }
         }
         if taken != 0 {
-            // A controller may complete what it was not told of yet.
-            self.in_flight.set(self.in_flight.get().saturating_sub(taken));
+            self.in_flight.set(self.in_flight.get().wrapping_sub(taken));
             self.cq_taken.set(self.cq_taken.get() + taken);
             // The queue has room for more than all slots, so the controller need not hear of every batch at once.
             if self.cq_taken.get() * 4 >= self.entries {
@@ -208,7 +221,7 @@ impl QueuePair {
 
     /// Ends the queue when its device is gone or a command takes too long.
     fn look_at_clock(&self, now: Instant) {
-        if self.dead.get() || self.in_flight.get() == 0 {
+        if self.dead.get() || self.outstanding() == 0 {
             return;
         }
         if let Some(error) = self.device.as_ref().and_then(|device| device.is_gone()) {

@@ -23,7 +23,7 @@ use crate::{
     large::Parent,
     line::{Line, Ticket},
     prp,
-    spec::{Cqe, CqeTail, Sqe, Status},
+    spec::{Cqe, Sqe, Status},
 };
 
 /// Ticks of the queue's clock that a command may take: its timeout is divided into so many.
@@ -144,7 +144,6 @@ pub(crate) struct StreamState {
     /// Slots of commands whose completion was taken while the stream's task was not waiting, in order; the first `listed`.
     pub(crate) list: Box<[Cell<u16>]>,
     pub(crate) listed: Cell<usize>,
-    pub(crate) in_flight: Cell<u32>,
     pub(crate) task: Cell<TaskRef>,
     pub(crate) taken: Cell<bool>,
 }
@@ -161,13 +160,13 @@ pub(crate) struct QueuePair {
     pub(crate) rings: Rings,
     pub(crate) slots: Box<[Slot]>,
     /// Mask of a slot's index in a command identifier.
-    pub(crate) index_mask: u16,
+    pub(crate) index_mask: u64,
     /// What makes a slot's key that of its next command.
     pub(crate) key_step: u32,
     pub(crate) entries: u32,
     /// The first free slot; [`NONE`] also once the queue has ended.
     pub(crate) free: Cell<u16>,
-    /// Commands that the controller was told of and that are not done.
+    /// Commands that the controller was told of, less those that are done.
     pub(crate) in_flight: Cell<u32>,
     pub(crate) line: Line,
     pub(crate) sq_doorbell: Posted<u32>,
@@ -177,8 +176,8 @@ pub(crate) struct QueuePair {
     pub(crate) cq_head: Cell<u32>,
     /// Completions taken since the completion queue's doorbell was rung.
     pub(crate) cq_taken: Cell<u32>,
-    /// The phase tag of new completions, at its place in them.
-    pub(crate) phase: Cell<u64>,
+    /// The phase tag of new completions.
+    pub(crate) phase: Cell<u16>,
     pub(crate) max_transfer: usize,
     pub(crate) space_id: u64,
     pub(crate) stream: StreamState,
@@ -228,7 +227,7 @@ impl QueuePair {
             id,
             rings: Rings { sq, cq, lists },
             slots: (0..count).map(slot).collect(),
-            index_mask: (count.next_power_of_two() - 1) as u16,
+            index_mask: count.next_power_of_two() as u64 - 1,
             key_step: (count.next_power_of_two() as u32) << 16,
             entries: entries as u32,
             free: Cell::new(0),
@@ -240,13 +239,12 @@ impl QueuePair {
             sq_rung: Cell::new(0),
             cq_head: Cell::new(0),
             cq_taken: Cell::new(0),
-            phase: Cell::new(CqeTail::PHASE),
+            phase: Cell::new(1),
             max_transfer,
             space_id: memory.space_id(),
             stream: StreamState {
                 list: (0..count).map(|_| Cell::new(NONE)).collect(),
                 listed: Cell::new(0),
-                in_flight: Cell::new(0),
                 task: Cell::default(),
                 taken: Cell::new(false),
             },

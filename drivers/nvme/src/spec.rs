@@ -116,7 +116,7 @@ const _: () = assert!(size_of::<Sqe>() == 64);
 
 impl Sqe {
     /// A command without data.
-    #[inline]
+    #[inline(always)]
     pub fn new(opcode: u8, nsid: u32) -> Self {
         Self([(u64::from(nsid) << 32 | u64::from(opcode)).to_le(), 0, 0, 0, 0, 0, 0, 0])
     }
@@ -200,14 +200,23 @@ impl CqeTail {
         (self.0 >> 16) as u32
     }
 
+    /// The command identifier's bits in `mask`, at most 16 of them.
+    #[inline]
+    pub(crate) fn masked_cid(self, mask: u64) -> usize {
+        ((self.0 >> 32) & mask) as usize
+    }
+
+    /// The status field with the phase tag in bit 0.
+    #[inline]
+    pub(crate) fn status_and_phase(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+
     /// The phase tag.
     #[inline]
     pub fn phase(self) -> bool {
-        self.0 & Self::PHASE != 0
+        self.0 >> 48 & 1 != 0
     }
-
-    /// The bit of the phase tag.
-    pub const PHASE: u64 = 1 << 48;
 
     /// The status.
     #[inline]

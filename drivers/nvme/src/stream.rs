@@ -75,10 +75,10 @@ impl CommandStream {
         self.ns.queue.slots.len()
     }
 
-    /// Commands under way, or done and not taken yet.
-    #[inline]
+    /// Commands under way, or done and not taken yet. It counts them.
     pub fn in_flight(&self) -> usize {
-        self.ns.queue.stream.in_flight.get() as usize
+        let streamed = |slot: &&Slot| matches!(slot.state.get(), State::Streamed | State::Listed);
+        self.ns.queue.slots.iter().filter(streamed).count()
     }
 
     /// Submits a read of `buf.len()` bytes from block `lba` on; the doorbell follows at the end of the turn.
@@ -115,7 +115,6 @@ impl CommandStream {
         let (prp1, prp2) = queue.prps(index, buf.iova(), buf.len());
         queue.start(slot, ns.sqe(opcode, lba, buf.len() >> ns.shift).prps(prp1, prp2), State::Streamed);
         slot.put(buf);
-        queue.stream.in_flight.set(queue.stream.in_flight.get() + 1);
         Token(index)
     }
 
@@ -143,7 +142,7 @@ impl CommandStream {
     }
 
     /// Waits until a command is done, and calls `each` for all that are; how many those were. 0, at once, when nothing is under
-    /// way.
+    /// way on the queue.
     ///
     /// # Errors
     /// [`Error::Ended`] when the queue has ended, after what was done before; the buffers of what was under way stay with the
@@ -153,7 +152,7 @@ impl CommandStream {
         poll_fn(|cx| {
             let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
             let count = self.take_listed(&mut each) + self.take_new(&mut each);
-            if count != 0 || stream.in_flight.get() == 0 {
+            if count != 0 || queue.outstanding() == 0 {
                 return Poll::Ready(Ok(count));
             }
             if queue.dead.get() {
@@ -198,10 +197,9 @@ impl CommandStream {
 
     #[inline(always)]
     fn give(&self, index: u16, slot: &Slot, status: Status, each: &mut impl FnMut(Completion)) {
-        let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
+        let queue = &*self.ns.queue;
         let buf = slot.buf.take();
         queue.free_this(index, slot);
-        stream.in_flight.set(stream.in_flight.get() - 1);
         if let Some(buf) = buf {
             each(Completion { token: Token(index), status, buf });
         }
@@ -215,7 +213,6 @@ impl Drop for CommandStream {
         for slot in queue.slots.iter().filter(|slot| slot.state.get() == State::Streamed) {
             slot.state.set(State::Orphaned);
         }
-        queue.stream.in_flight.set(0);
         queue.stream.task.take();
         queue.stream.taken.set(false);
     }
