@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use vfio_uring::{dma::DmaBuf, reactor::TaskRef};
+use vfio_uring::dma::DmaBuf;
 
 use crate::{
     Error, Result,
@@ -200,36 +200,29 @@ impl Future for Io<'_> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let queue = &*this.ns.queue;
-        match this.stage {
-            Stage::Submitted => {
-                let slot = queue.slot(this.index);
-                if slot.state.get() == State::Done
-                    && let Some(buf) = slot.buf.take()
-                {
-                    this.stage = Stage::Over;
-                    let outcome = slot.outcome();
-                    queue.free_slot(this.index);
-                    return Poll::Ready((outcome, buf));
-                }
-                if queue.dead.get() {
-                    return this.poll_dead();
-                }
-                queue.wait(this.index, cx);
-                Poll::Pending
+        if let Stage::Submitted = this.stage {
+            let slot = queue.slot(this.index);
+            if slot.state.get() == State::Done
+                && let Some(buf) = slot.buf.take()
+            {
+                this.stage = Stage::Over;
+                let outcome = slot.outcome();
+                queue.free_this(this.index, slot);
+                return Poll::Ready((outcome, buf));
             }
-            Stage::Start => {
-                let Some(buf) = this.buf.take() else { over() };
-                if this.ns.fits_command(this.lba, &buf)
-                    && let Some(taken) = queue.take_slot()
-                {
-                    this.submit(taken, buf, cx);
-                    return Poll::Pending;
-                }
-                this.poll_aside(buf, cx)
-            }
-            Stage::Slow => this.poll_slow(cx),
-            Stage::Over => over(),
+            return this.poll_again(cx);
         }
+        if let Stage::Start = this.stage {
+            let Some(buf) = this.buf.take() else { over() };
+            if this.ns.fits_command(this.lba, &buf)
+                && let Some(taken) = queue.take_slot()
+            {
+                this.submit(taken, buf, cx);
+                return Poll::Pending;
+            }
+            return this.poll_aside(buf, cx);
+        }
+        this.poll_slow(cx)
     }
 }
 
@@ -245,14 +238,14 @@ impl<'a> Io<'a> {
     }
 
     /// Submits the command in the slot that was taken.
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, (index, slot): (u16, &Slot), buf: DmaBuf, cx: &Context<'_>) {
         let queue = &*self.ns.queue;
         let (prp1, prp2) = queue.prps(index, buf.iova(), buf.len());
         let sqe = self.ns.sqe(self.opcode, self.lba, buf.len() >> self.ns.shift).prps(prp1, prp2);
         queue.start(slot, sqe, State::Waiting);
         slot.put(buf);
-        slot.task.set(TaskRef::current(cx));
+        slot.first_wait(cx);
         self.index = index;
         self.stage = Stage::Submitted;
     }
@@ -279,6 +272,7 @@ impl<'a> Io<'a> {
         self.poll_slow(cx)
     }
 
+    #[cold]
     fn poll_slow(&mut self, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
         let queue = &*self.ns.queue;
         let result = match self.slow.as_deref_mut() {
@@ -306,10 +300,14 @@ impl<'a> Io<'a> {
         result
     }
 
-    /// The queue has ended with the command under way: its buffer stays in the slot.
+    /// The command is still under way. If the queue has ended, its buffer stays in the slot.
     #[cold]
-    fn poll_dead(&mut self) -> Poll<<Self as Future>::Output> {
+    fn poll_again(&mut self, cx: &Context<'_>) -> Poll<<Self as Future>::Output> {
         let queue = &*self.ns.queue;
+        if !queue.dead.get() {
+            queue.wait(self.index, cx);
+            return Poll::Pending;
+        }
         let Some(buf) = queue.stand_in(self.index) else { over() };
         queue.orphan(self.index);
         self.stage = Stage::Over;
@@ -318,8 +316,17 @@ impl<'a> Io<'a> {
 }
 
 impl Drop for Io<'_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
+        if !matches!(self.stage, Stage::Over) {
+            self.abandon();
+        }
+    }
+}
+
+impl Io<'_> {
+    #[cold]
+    fn abandon(&mut self) {
         match self.stage {
             Stage::Submitted => self.ns.queue.orphan(self.index),
             Stage::Slow => match self.slow.as_deref_mut() {

@@ -131,6 +131,13 @@ impl Slot {
         std::mem::forget(self.buf.replace(Some(buf)));
     }
 
+    /// Notes who waits for the command; nobody does so far.
+    #[inline(always)]
+    pub(crate) fn first_wait(&self, cx: &Context<'_>) {
+        // As for the buffer.
+        std::mem::forget(self.task.replace(TaskRef::current(cx)));
+    }
+
     /// How the command ended.
     #[inline]
     pub(crate) fn outcome(&self) -> Result<()> {
@@ -306,7 +313,7 @@ impl QueuePair {
 
     /// Submits the command of a slot that was taken; the doorbell follows at the end of the turn. The rings have more entries
     /// than there are slots, so there is room.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn start(&self, slot: &Slot, sqe: Sqe, state: State) {
         slot.state.set(state);
         let tail = self.sq_tail.get();
@@ -332,7 +339,7 @@ impl QueuePair {
         self.free_this(index, self.slot(index));
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn free_this(&self, index: u16, slot: &Slot) {
         slot.state.set(State::Free);
         if self.line.is_contended() {

@@ -30,6 +30,26 @@ impl<T> Drop for Completion<T> {
     }
 }
 
+/// A future whose output goes to its join.
+struct Task<F: Future> {
+    future: F,
+    completion: Completion<F::Output>,
+}
+
+impl<F: Future> Future for Task<F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        // SAFETY: `future` is pinned with the task: nothing moves it out, and there is no `Drop` that could.
+        let (future, completion) = unsafe {
+            let this = self.get_unchecked_mut();
+            (Pin::new_unchecked(&mut this.future), &this.completion)
+        };
+        future.poll(cx).map(|output| completion.0.output.set(Some(output)))
+    }
+}
+
 /// A spawned task: awaits its output. Dropping the handle lets the task run on.
 pub struct JoinHandle<T> {
     join: Rc<Join<T>>,
@@ -55,10 +75,7 @@ where
     let local = current("spawn");
     let join = Rc::new(Join { output: Cell::new(None), ended: Cell::new(false), waiter: RefCell::default() });
     let completion = Completion(join.clone());
-    let header = local.ready.spawn(Box::pin(async move {
-        let output = future.await;
-        completion.0.output.set(Some(output));
-    }));
+    let header = local.ready.spawn(Box::pin(Task { future, completion }));
     JoinHandle { join, local: Rc::downgrade(&local), header, epoch: header.epoch() }
 }
 

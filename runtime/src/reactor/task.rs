@@ -9,6 +9,7 @@
 use std::{
     cell::{Cell, RefCell, UnsafeCell},
     future::Future,
+    mem::ManuallyDrop,
     os::fd::OwnedFd,
     pin::Pin,
     ptr,
@@ -160,8 +161,8 @@ impl Header {
     }
 
     fn put_future(&self, future: BoxedTask) {
-        // SAFETY: as in `is_occupied`; the cell is empty, so nothing is dropped under the reference.
-        unsafe { *self.future.get() = Some(future) };
+        // SAFETY: as in `is_occupied`; the cell is empty, so there is nothing to drop.
+        unsafe { self.future.get().write(Some(future)) };
     }
 }
 
@@ -286,6 +287,8 @@ impl ReadyList {
 pub(crate) fn with_waker<T>(header: &'static Header, body: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
     // SAFETY: the vtable's functions take a `&'static Header` and uphold the contract of `RawWaker`: thread-safe by `wake`.
     let waker = unsafe { Waker::from_raw(RawWaker::new(ptr::from_ref(header).cast(), &VTABLE)) };
+    // Dropping it would call a function that does nothing.
+    let waker = ManuallyDrop::new(waker);
     body(&mut Context::from_waker(&waker))
 }
 
@@ -315,56 +318,53 @@ fn wake(header: &'static Header) {
 /// It holds a task of this executor as a plain pointer, so that registering and waking cost a few instructions, and any
 /// other executor's waker as a clone.
 #[derive(Default)]
-pub struct TaskRef(Kind);
-
-#[derive(Default)]
-enum Kind {
-    #[default]
-    None,
-    Own(&'static Header),
-    Foreign(Waker),
-}
+pub struct TaskRef(Option<Waker>);
 
 impl TaskRef {
     /// Nobody.
     pub const fn none() -> Self {
-        Self(Kind::None)
+        Self(None)
     }
 
     /// The task that is being polled with `cx`.
-    #[inline]
+    #[inline(always)]
     pub fn current(cx: &Context<'_>) -> Self {
         let waker = cx.waker();
         if ptr::eq(waker.vtable(), &VTABLE) {
-            // SAFETY: only this module makes wakers with this vtable, and their data is a `&'static Header`.
-            Self(Kind::Own(unsafe { &*waker.data().cast::<Header>() }))
+            // SAFETY: what a clone of ours gives, without a call: a copy of a pointer that stays valid for ever.
+            Self(Some(unsafe { Waker::from_raw(RawWaker::new(waker.data(), &VTABLE)) }))
         } else {
-            Self(Kind::Foreign(waker.clone()))
+            Self(Some(waker.clone()))
         }
     }
 
     /// Wakes the task and forgets it.
-    #[inline]
+    #[inline(always)]
     pub fn wake(&mut self) {
-        match std::mem::take(&mut self.0) {
-            Kind::None => {}
-            Kind::Own(header) => wake(header),
-            Kind::Foreign(waker) => waker.wake(),
+        let Some(waker) = self.0.take() else { return };
+        if ptr::eq(waker.vtable(), &VTABLE) {
+            // SAFETY: only this module makes wakers with this vtable, and their data is a `&'static Header`.
+            wake(unsafe { &*waker.data().cast::<Header>() });
+            // Dropping one of ours does nothing.
+            std::mem::forget(waker);
+        } else {
+            waker.wake();
         }
     }
 
     /// Whether there is nobody to wake.
+    #[inline]
     pub fn is_none(&self) -> bool {
-        matches!(self.0, Kind::None)
+        self.0.is_none()
     }
 }
 
 impl std::fmt::Debug for TaskRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self.0 {
-            Kind::None => "nobody",
-            Kind::Own(_) => "a task of this executor",
-            Kind::Foreign(_) => "a foreign task",
+        f.write_str(match &self.0 {
+            None => "nobody",
+            Some(waker) if ptr::eq(waker.vtable(), &VTABLE) => "a task of this executor",
+            Some(_) => "a foreign task",
         })
     }
 }
