@@ -30,8 +30,6 @@ const NAP_MIN: Duration = Duration::from_micros(20);
 const NAP_MAX: Duration = Duration::from_millis(1);
 /// A sleep that ends sooner than this was not worth its two system calls.
 const SHORT_SLEEP: Duration = Duration::from_micros(30);
-/// While spinning, looks between two at the ring, which costs more than memory.
-const RING_LOOKS: u32 = 8;
 
 /// The state of the waiting of one `block_on`.
 pub(super) struct Waiting {
@@ -52,7 +50,7 @@ impl Waiting {
     }
 
     /// A turn that found work.
-    #[inline]
+    #[inline(always)]
     pub(super) fn found_work(&mut self) {
         if self.looks != 0 {
             // The spin paid, or would have if it had been longer: allow some more than it took.
@@ -78,16 +76,17 @@ impl Waiting {
             } else {
                 std::hint::spin_loop();
             }
-            if self.looks.is_multiple_of(RING_LOOKS) {
-                fire_timers(local);
-            }
+            return;
+        }
+        local.service_ring();
+        if !local.ready.is_empty() {
             return;
         }
         let start = match local.pollers.standby() {
             Standby::Found => return,
             Standby::Polled if self.looks <= self.budget.saturating_add(YIELDS) => {
                 thread::yield_now();
-                return fire_timers(local);
+                return local.fire_timers();
             }
             Standby::Polled => {
                 if self.nap == NAP_MIN {
@@ -115,12 +114,6 @@ impl Waiting {
     }
 }
 
-fn fire_timers(local: &Local) {
-    if !local.timers.borrow().is_empty() {
-        local.timers.borrow_mut().fire(Instant::now());
-    }
-}
-
 /// Sleeps in the kernel until a completion, a wake, a timer, or `limit`.
 fn park(local: &Local, limit: Option<Duration>) {
     let timer = local.timers.borrow().next().map(|at| at.saturating_duration_since(Instant::now()));
@@ -138,5 +131,5 @@ fn park(local: &Local, limit: Option<Duration>) {
         }
     }
     local.drain_inbox();
-    fire_timers(local);
+    local.fire_timers();
 }

@@ -46,9 +46,9 @@ use ring::{Ring, SharedRing};
 use task::{Core, Header, ReadyList, with_waker};
 use timer::Timers;
 
-/// Turns between looks at the ring while the pollers keep finding work.
+/// Turns between looks at the ring, which costs more than memory; before the reactor waits, it always looks.
 const RING_INTERVAL: u32 = 16;
-/// Turns between looks at the clock while there is work.
+/// Turns between looks at the clock.
 const CLOCK_INTERVAL: u32 = 64;
 
 /// What the ops, timers and tasks of one reactor share.
@@ -193,13 +193,12 @@ impl Reactor {
         if !local.ready.core.inbox.is_empty() {
             local.drain_inbox();
         }
-        let busy = found || !local.ready.is_empty();
         waiting.turns = waiting.turns.wrapping_add(1);
-        if !busy || waiting.turns.is_multiple_of(RING_INTERVAL) {
+        if waiting.turns.is_multiple_of(RING_INTERVAL) {
             local.service_ring();
-        }
-        if waiting.turns.is_multiple_of(CLOCK_INTERVAL) && !local.timers.borrow().is_empty() {
-            local.timers.borrow_mut().fire(Instant::now());
+            if waiting.turns.is_multiple_of(CLOCK_INTERVAL) {
+                local.fire_timers();
+            }
         }
         if found || !local.ready.is_empty() {
             waiting.found_work();
@@ -214,7 +213,12 @@ impl Local {
         self.ready.core.inbox.drain(|node| self.ready.push(Header::of(node)));
     }
 
-    #[inline]
+    fn fire_timers(&self) {
+        if !self.timers.borrow().is_empty() {
+            self.timers.borrow_mut().fire(Instant::now());
+        }
+    }
+
     fn service_ring(&self) {
         let mut ring = self.ring.borrow_mut();
         if ring.wants_service()

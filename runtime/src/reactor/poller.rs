@@ -36,7 +36,8 @@ pub trait Poller {
 pub(crate) struct Pollers {
     list: RefCell<Vec<(u64, Rc<dyn Poller>)>>,
     next_id: Cell<u64>,
-    /// Changes that came in while the list was being walked.
+    /// Whether there are changes that came in while the list was being walked.
+    changed: Cell<bool>,
     removed: RefCell<Vec<u64>>,
     added: RefCell<Vec<(u64, Rc<dyn Poller>)>>,
 }
@@ -51,7 +52,9 @@ impl Pollers {
             found |= poller.poll();
         }
         drop(list);
-        self.apply_changes();
+        if self.changed.get() {
+            self.apply_changes();
+        }
         found
     }
 
@@ -76,11 +79,9 @@ impl Pollers {
     }
 
     fn apply_changes(&self) {
-        if self.removed.borrow().is_empty() && self.added.borrow().is_empty() {
-            return;
-        }
         let mut dropped = Vec::new();
         if let Ok(mut list) = self.list.try_borrow_mut() {
+            self.changed.set(false);
             list.append(&mut self.added.borrow_mut());
             for id in self.removed.borrow_mut().drain(..) {
                 if let Some(at) = list.iter().position(|(other, _)| *other == id) {
@@ -115,6 +116,7 @@ pub fn register_poller(poller: Rc<dyn Poller>) -> PollerGuard {
     let id = local.pollers.next_id.get();
     local.pollers.next_id.set(id + 1);
     local.pollers.added.borrow_mut().push((id, poller));
+    local.pollers.changed.set(true);
     local.pollers.apply_changes();
     PollerGuard { local: Rc::downgrade(&local), id }
 }
@@ -123,6 +125,7 @@ impl Drop for PollerGuard {
     fn drop(&mut self) {
         if let Some(local) = self.local.upgrade() {
             local.pollers.removed.borrow_mut().push(self.id);
+            local.pollers.changed.set(true);
             local.pollers.apply_changes();
         }
     }
