@@ -313,3 +313,22 @@ fn a_panicking_task_leaves_the_reactor_usable() {
     assert!(result.is_err());
     assert_eq!(reactor.block_on(async { spawn(async { 5 }).await }), Ok(5));
 }
+
+#[test]
+fn a_reactor_may_be_a_thread_local() {
+    thread_local! {
+        static REACTOR: Reactor = Reactor::new().unwrap();
+    }
+    let fd = event();
+    let held = fd.clone();
+    let thread = thread::spawn(move || {
+        REACTOR.with(|reactor| {
+            reactor.block_on(async {
+                spawn(async move { op::eventfd_count(&held).await });
+                yield_now().await;
+            });
+        });
+    });
+    assert!(thread.join().is_ok());
+    assert_eq!(Arc::strong_count(&fd), 1);
+}

@@ -77,7 +77,8 @@ thread_local! {
 
 /// The reactor that runs on this thread now.
 pub(crate) fn try_current() -> Option<Rc<Local>> {
-    LOCAL.with_borrow(Clone::clone)
+    // While a thread ends, when its locals go one after the other, there is none.
+    LOCAL.try_with(|local| local.borrow().clone()).ok().flatten()
 }
 
 /// # Panics
@@ -269,12 +270,13 @@ impl SetCurrent {
     }
 
     fn replace(local: Rc<Local>) -> Self {
-        Self(LOCAL.replace(Some(local)))
+        Self(LOCAL.try_with(|current| current.replace(Some(local))).ok().flatten())
     }
 }
 
 impl Drop for SetCurrent {
     fn drop(&mut self) {
-        LOCAL.set(self.0.take());
+        let before = self.0.take();
+        let _ = LOCAL.try_with(|current| current.replace(before));
     }
 }
