@@ -3,10 +3,10 @@
 //! Nodes live for ever (see [`super::task`]), so a push needs no reference count and can't find a freed node.
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicBool, AtomicPtr, Ordering, fence};
+use loom::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::ptr;
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// A task's place in the inbox.
 #[derive(Debug)]
@@ -43,13 +43,13 @@ impl Inbox {
         loop {
             node.next.store(head, Ordering::Relaxed);
             let new = ptr::from_ref(node).cast_mut();
-            match self.head.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
+            match self.head.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => break,
                 Err(now) => head = now,
             }
         }
-        // Pairs with the fence in `prepare_sleep`: either this thread sees `asleep`, or the owner sees the node.
-        fence(Ordering::SeqCst);
+        // Pairs with `prepare_sleep`: of the two exchanges of `head` one is first, so that either the owner sees the node there,
+        // or this thread sees `asleep` here.
         self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::AcqRel)
     }
 
@@ -61,18 +61,18 @@ impl Inbox {
 
     /// Announces sleep. False: something came in, don't sleep.
     pub(crate) fn prepare_sleep(&self) -> bool {
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        let empty = self.is_empty();
+        self.asleep.swap(true, Ordering::AcqRel);
+        let null = ptr::null_mut();
+        let empty = self.head.compare_exchange(null, null, Ordering::AcqRel, Ordering::Relaxed).is_ok();
         if !empty {
-            self.asleep.store(false, Ordering::Relaxed);
+            self.asleep.swap(false, Ordering::AcqRel);
         }
         empty
     }
 
     /// Ends what [`Inbox::prepare_sleep`] announced.
     pub(crate) fn finish_sleep(&self) {
-        self.asleep.store(false, Ordering::Relaxed);
+        self.asleep.swap(false, Ordering::AcqRel);
     }
 
     /// Takes every queued node; a node may be pushed again as soon as `each` gets it.
