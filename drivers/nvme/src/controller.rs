@@ -60,7 +60,7 @@ struct Inner {
     next_queue: Cell<u16>,
 }
 
-/// An I/O queue. Cloning it is cheap; it lives until its controller goes.
+/// An I/O queue. Cloning it is cheap; it is polled while it or a namespace on it is held.
 #[derive(Clone)]
 pub struct Queue {
     pair: Rc<QueuePair>,
@@ -241,7 +241,7 @@ impl Queue {
             let known: Vec<_> = self.namespaces.iter().map(|info| info.nsid.to_string()).collect();
             return Err(Error::invalid(format!("there is no namespace {nsid}; active: {}", known.join(", "))));
         };
-        Namespace::new(self.pair.clone(), *info)
+        Namespace::new(self.pair.clone(), *info, self.clone())
     }
 
     /// Commands that can be outstanding at once.
