@@ -135,21 +135,20 @@ impl Client {
     }
 }
 
-/// Memory of a client, at an IOVA.
+/// Memory of a client.
 pub struct Memory {
     pub fd: OwnedFd,
     pub memory: SharedMemory,
-    pub iova: u64,
 }
 
 impl Memory {
-    pub fn new(iova: u64, len: usize) -> Self {
+    pub fn new(len: usize) -> Self {
         let (fd, memory) = SharedMemory::create("client", len, HugePages::No).unwrap();
-        Self { fd, memory, iova }
+        Self { fd, memory }
     }
 
     pub fn mapped(client: &mut Client, iova: u64, len: usize) -> Self {
-        let memory = Self::new(iova, len);
+        let memory = Self::new(len);
         client.map(iova, len as u64, Some(memory.fd.as_fd())).unwrap();
         memory
     }

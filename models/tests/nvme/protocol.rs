@@ -176,7 +176,7 @@ fn a_broken_header_ends_the_connection() {
 fn dma_maps() {
     let server = server();
     let mut client = client(&server);
-    let memory = Memory::new(0, 0x3000);
+    let memory = Memory::new(0x3000);
     let fd = memory.fd.as_fd();
     client.map(0x1_0000, 0x3000, Some(fd)).unwrap();
     for (iova, size) in [(0x1_0000, 0x3000), (0xf000, 0x2000), (0x1_2000, 0x1000), (0xf000, 0x8000), (0x1_1000, 0x1000)] {
