@@ -1,0 +1,110 @@
+//! How a server waits for doorbells, which nobody announces: spinning pays while work comes fast, sleeping when it does not.
+
+use std::time::{Duration, Instant};
+
+/// Looks without work before the clock is asked.
+const FREE_LOOKS: u32 = 64;
+const MIN_SPIN: Duration = Duration::from_micros(5);
+const MAX_SPIN: Duration = Duration::from_micros(100);
+/// After spinning, the core is offered to others for this long.
+const YIELD: Duration = Duration::from_micros(100);
+const MIN_SLEEP: Duration = Duration::from_micros(20);
+const MAX_SLEEP: Duration = Duration::from_millis(1);
+/// A client that did nothing for this long is looked at less often.
+const LONG: Duration = Duration::from_secs(1);
+const LONG_SLEEP: Duration = Duration::from_millis(5);
+
+/// What to do after a look that found nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    Spin,
+    Yield,
+    Sleep(Duration),
+}
+
+#[derive(Debug)]
+pub(super) struct Idle {
+    may_spin: bool,
+    spin: Duration,
+    looks: u32,
+    since: Option<Instant>,
+    sleep: Duration,
+    slept: bool,
+}
+
+impl Idle {
+    /// With one core only, spinning would take it from the other side.
+    pub fn new(may_spin: bool) -> Self {
+        Self { may_spin, spin: MAX_SPIN, looks: 0, since: None, sleep: MIN_SLEEP, slept: false }
+    }
+
+    /// Work was found.
+    #[inline]
+    pub fn busy(&mut self) {
+        if self.looks > FREE_LOOKS {
+            // Spin longer where that would have caught it, less where it was in vain.
+            self.spin = if self.slept { self.spin / 2 } else { self.spin * 2 }.clamp(MIN_SPIN, MAX_SPIN);
+        }
+        self.looks = 0;
+        self.since = None;
+        self.slept = false;
+        self.sleep = MIN_SLEEP;
+    }
+
+    /// Nothing was found.
+    #[inline]
+    pub fn next(&mut self) -> Step {
+        self.looks = self.looks.saturating_add(1);
+        if self.looks < FREE_LOOKS && self.may_spin {
+            return Step::Spin;
+        }
+        self.late()
+    }
+
+    fn late(&mut self) -> Step {
+        // The clock costs more than a look.
+        if self.may_spin && !self.slept && !self.looks.is_multiple_of(16) {
+            return Step::Spin;
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let idle = since.elapsed();
+        let spin = if self.may_spin { self.spin } else { Duration::ZERO };
+        if idle < spin {
+            return Step::Spin;
+        }
+        if idle < spin + YIELD {
+            return Step::Yield;
+        }
+        self.slept = true;
+        let now = self.sleep;
+        self.sleep = (now * 2).min(if idle < LONG { MAX_SLEEP } else { LONG_SLEEP });
+        Step::Sleep(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_core_never_spins() {
+        let mut idle = Idle::new(false);
+        for _ in 0..10_000 {
+            assert_ne!(idle.next(), Step::Spin);
+        }
+    }
+
+    #[test]
+    fn ends_in_sleep_and_starts_afresh() {
+        let mut idle = Idle::new(true);
+        let end = Instant::now() + Duration::from_secs(10);
+        while !matches!(idle.next(), Step::Sleep(_)) {
+            assert!(Instant::now() < end);
+        }
+        for _ in 0..10 {
+            assert!(matches!(idle.next(), Step::Sleep(time) if time <= LONG_SLEEP));
+        }
+        idle.busy();
+        assert_eq!(idle.next(), Step::Spin);
+    }
+}

@@ -1,0 +1,6 @@
+//! The NVMe controller behind its server, seen by clients of other people's making.
+
+mod common;
+mod interop;
+mod protocol;
+mod queues;
