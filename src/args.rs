@@ -250,6 +250,16 @@ pub struct Info {
 }
 
 impl Bench {
+    /// Percentage of reads in a mix.
+    pub fn read_percent(&self) -> u8 {
+        self.rwmixread.unwrap_or(50)
+    }
+
+    /// Whether the range is written before the run.
+    pub fn writes_before(&self) -> bool {
+        self.verify || self.precondition || self.device.is_none()
+    }
+
     /// Checks what can be checked without the device.
     pub fn check(&self) -> Result<()> {
         let usage = |text: String| Err(Failure::Usage(text));
@@ -267,7 +277,11 @@ impl Bench {
             ));
         }
         if self.size / jobs < bs {
-            return usage(format!("--size {}: it has to hold --bs for each of --numjobs, {} bytes at least", self.size, bs * jobs));
+            return usage(format!(
+                "--size {}: it has to hold --bs for each of --numjobs, {} bytes at least",
+                self.size,
+                bs * jobs
+            ));
         }
         let units = self.size / jobs / bs;
         if self.verify && units < u64::from(self.iodepth) {
@@ -340,7 +354,8 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, bytes) in [("512", 512), ("4k", 4096), ("4KiB", 4096), ("1m", 1 << 20), ("2G", 2 << 30), ("1t", 1 << 40)] {
+        for (text, bytes) in [("512", 512), ("4k", 4096), ("4KiB", 4096), ("1m", 1 << 20), ("2G", 2 << 30), ("1t", 1 << 40)]
+        {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
         for text in ["", "0", "k", "-1", "4x", "1.5m", "99999999999t", "18446744073709551615", "4 k", "٣"] {
@@ -365,7 +380,8 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         };
-        for good in ["", "--rw randrw --rwmixread 0", "--bs 1m --size 1m --iodepth 1", "--verify --size 512k --iodepth 128"] {
+        for good in ["", "--rw randrw --rwmixread 0", "--bs 1m --size 1m --iodepth 1", "--verify --size 512k --iodepth 128"]
+        {
             assert!(parse(good).is_ok(), "{good}");
         }
         for bad in [

@@ -55,7 +55,9 @@ impl Pattern {
     fn words(&self, lba: u64, generation: u32) -> impl Iterator<Item = u64> {
         let seed = self.seed;
         let key = mix(mix(lba ^ seed.rotate_left(32)) ^ u64::from(generation));
-        [lba, seed, generation.into()].into_iter().chain((0u64..).map(move |i| key.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15))))
+        [lba, seed, generation.into()]
+            .into_iter()
+            .chain((0u64..).map(move |i| key.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15))))
     }
 }
 
