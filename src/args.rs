@@ -95,10 +95,10 @@ pub struct Bench {
     /// Write the range once before the run, also on a device given by --device
     #[arg(long)]
     pub precondition: bool,
-    /// How I/O is awaited: a completion stream, or a future each [default: stream, if one command can carry --bs]
+    /// Form of the driver: batches of completions, or a future for each I/O [default: stream, if one command can carry --bs]
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
-    /// How the driver waits when nothing is done
+    /// How the driver waits: polling all the time, asleep, or polling while that pays
     #[arg(long, value_enum, default_value_t = IdleMode::Hybrid)]
     pub idle: IdleMode,
     /// Keep the driver, and the software controller if it is in this process, on a core each
@@ -148,9 +148,7 @@ impl Rw {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// Submitting gives a token, completions come in batches: the peak
     Stream,
-    /// One future, in a task of its own, per outstanding I/O
     Future,
 }
 
@@ -165,11 +163,8 @@ impl Mode {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum IdleMode {
-    /// Poll on: the shortest latency and a whole core
     Spin,
-    /// Sleep, look again at intervals
     Park,
-    /// Spin for as long as that pays
     Hybrid,
 }
 
