@@ -81,7 +81,7 @@ pub struct Bench {
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub runtime: Duration,
     /// Bytes from the namespace's start that are used
-    #[arg(long, default_value = "64m", value_parser = size)]
+    #[arg(long, default_value = "64m", value_parser = size, overrides_with = "size")]
     pub size: u64,
     /// The device [default: the software controller, in this process]
     #[arg(long, value_name = "vfio-user:PATH", value_parser = address)]

@@ -135,13 +135,12 @@ impl Job {
         for buf in buffers {
             self.submit(stream, &mut table, buf)?;
         }
-        while stream.in_flight() != 0 {
+        while self.in_flight.get() != 0 {
             let mut refused = Ok(());
             let took = |completion: Completion| {
-                let Completion { token, result, buf } = completion;
-                let (io, start) = table[token.index()];
-                self.finish(io, start, result, &buf);
-                if let Err(error) = self.submit(stream, &mut table, buf) {
+                let (io, start) = table[completion.token.index()];
+                self.finish(io, start, completion.result(), &completion.buf);
+                if let Err(error) = self.submit(stream, &mut table, completion.buf) {
                     refused = Err(error);
                 }
             };
