@@ -241,7 +241,7 @@ impl Queue {
             let known: Vec<_> = self.namespaces.iter().map(|info| info.nsid.to_string()).collect();
             return Err(Error::invalid(format!("there is no namespace {nsid}; active: {}", known.join(", "))));
         };
-        Namespace::new(self.pair.clone(), *info)
+        Namespace::new(self, self.pair.clone(), *info)
     }
 
     /// Commands that can be outstanding at once.

@@ -10,7 +10,7 @@ use std::{
 use vfio_uring::dma::DmaBuf;
 
 use crate::{
-    Error, Result,
+    Error, Queue, Result,
     large::Large,
     line::Ticket,
     queue::{QueuePair, Slot, State},
@@ -44,10 +44,12 @@ pub struct Namespace {
     safe_end: u64,
     /// The block size less one.
     mask: usize,
+    /// Keeps the queue's poller and its controller: without them no command would ever end.
+    _queue: Queue,
 }
 
 impl Namespace {
-    pub(crate) fn new(queue: Rc<QueuePair>, info: NamespaceInfo) -> Result<Self> {
+    pub(crate) fn new(of: &Queue, queue: Rc<QueuePair>, info: NamespaceInfo) -> Result<Self> {
         if info.metadata != 0 {
             let what = format!("namespace {} has {} bytes of metadata a block; format it without", info.nsid, info.metadata);
             return Err(vfio_uring::Error::Unsupported { what }.into());
@@ -63,7 +65,7 @@ impl Namespace {
             return Err(vfio_uring::Error::Unsupported { what }.into());
         }
         let safe_end = info.blocks.saturating_sub((part_len >> shift) as u64);
-        Ok(Self { queue, info, shift, part_len, safe_end, mask: info.block_size as usize - 1 })
+        Ok(Self { queue, info, shift, part_len, safe_end, mask: info.block_size as usize - 1, _queue: of.clone() })
     }
 
     /// What Identify says of it.
