@@ -81,7 +81,7 @@ pub struct Bench {
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub runtime: Duration,
     /// Bytes from the namespace's start that are used
-    #[arg(long, default_value = "64m", value_parser = size, overrides_with = "size")]
+    #[arg(long, default_value = "64m", value_parser = size)]
     pub size: u64,
     /// The device [default: the software controller, in this process]
     #[arg(long, value_name = "vfio-user:PATH", value_parser = address)]
@@ -290,6 +290,18 @@ impl Bench {
             return usage(format!("--size {}: --verify keeps track of {MAX_VERIFIED} blocks of --bs at most", self.size));
         }
         Ok(())
+    }
+}
+
+impl ServeNvme {
+    /// Checks what can be checked without the file.
+    pub fn check(&self) -> Result<()> {
+        match self.size {
+            Some(size) if !size.is_multiple_of(self.lba_size.into()) => {
+                Err(Failure::Usage(format!("--size {size}: it has to be a multiple of --lba-size, {}", self.lba_size)))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::{process::ExitCode, rc::Rc};
 use vfio_uring::{
     device::{Address, Device},
     dma::{DmaBuf, HugePages, Pool},
-    reactor::Reactor,
+    reactor::{Reactor, timeout},
 };
 use vfio_uring_nvme::{Controller, NamespaceInfo, Options};
 
@@ -25,7 +25,7 @@ use crate::{
 use job::{Job, Stop, TurnClock};
 use report::Report;
 pub use report::bytes;
-use run::Run;
+use run::{PATIENCE, Run};
 use verify::Pattern;
 use work::{Ledger, Range, Work};
 
@@ -45,7 +45,13 @@ pub fn run(args: &Bench) -> Result<ExitCode> {
     cores.as_ref().map(|(core, _)| core.take()).transpose()?;
     if embedded.is_some() {
         let size = bytes(args.size as f64);
-        say(args, &format!("no --device: the software controller runs in a thread of this process, with {size} of memory"))?;
+        say(
+            args,
+            &format!(
+                "no --device: the software controller runs in a thread of this process. Its {size} are in memory, and are \
+                 written once before the run\n"
+            ),
+        )?;
     }
     let address = match (&args.device, &embedded) {
         (Some(address), _) => address.clone(),
@@ -84,11 +90,17 @@ async fn session(args: &Bench, address: &Address, interrupted: &Interrupted) -> 
     let device = Device::open(address).await?;
     let options = Options { timeout: args.io_timeout, ..Options::default() };
     let controller = Controller::new(&device, options).await?;
-    let result = measure(args, &device, &controller, interrupted).await;
-    let shut_down = controller.shutdown().await;
-    let report = result?;
-    shut_down?;
-    Ok(report)
+    match measure(args, &device, &controller, interrupted).await {
+        Ok(report) => {
+            controller.shutdown().await?;
+            Ok(report)
+        }
+        Err(failure) => {
+            // A device that failed may fail at this, too: what is told is why the run did.
+            let _ = timeout(PATIENCE, controller.shutdown()).await;
+            Err(failure)
+        }
+    }
 }
 
 /// Checks what depends on the device; the form of I/O.

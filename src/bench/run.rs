@@ -24,8 +24,8 @@ use crate::{
 
 /// Between looks at the progress and for Ctrl-C.
 const TICK: Duration = Duration::from_millis(100);
-/// How long what is under way may take to end after Ctrl-C.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long what is under way may take to end after Ctrl-C, and a device that failed to shut down.
+pub const PATIENCE: Duration = Duration::from_secs(2);
 /// Steps of the progress bar.
 const STEPS: u64 = 1000;
 
