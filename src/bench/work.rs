@@ -173,7 +173,7 @@ impl Work {
     #[inline]
     fn random_unit(&mut self) -> u64 {
         // The high half of the product is below the number of units. Its bias does not matter here.
-        (u128::from(self.rng.u64(..)) * u128::from(self.range.units) >> 64) as u64
+        ((u128::from(self.rng.u64(..)) * u128::from(self.range.units)) >> 64) as u64
     }
 
     fn next_unit(&mut self) -> u64 {
