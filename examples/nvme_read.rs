@@ -8,7 +8,7 @@ use vfio_uring::{
     dma::{HugePages, Pool},
     reactor::Reactor,
 };
-use vfio_uring_models::nvme::Embedded;
+use vfio_uring_models::{nvme, server};
 use vfio_uring_nvme::{Controller, Options};
 
 /// The driver's user: some twenty lines.
@@ -37,6 +37,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(address) = std::env::args().nth(1) {
         return reactor.block_on(write_and_read(&address.parse()?));
     }
-    let controller = Embedded::start(Default::default())?;
-    reactor.block_on(write_and_read(controller.address()))
+    let server = server::spawn(nvme::Controller::new(Default::default())?)?;
+    reactor.block_on(write_and_read(&server.address().parse()?))
 }

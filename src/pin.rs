@@ -20,7 +20,12 @@ pub fn two_cores() -> Result<(Core, Core)> {
 }
 
 impl Core {
-    /// Keeps this thread, and those that it starts from now on, on the core.
+    /// Its number.
+    pub fn number(self) -> usize {
+        self.0
+    }
+
+    /// Keeps this thread on the core.
     pub fn take(self) -> Result<()> {
         let mut set = CpuSet::new();
         set.set(self.0);

@@ -1,13 +1,17 @@
 //! Ctrl-C and SIGTERM: the first asks for an orderly end, the second ends the process.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
 };
 
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     flag,
+    iterator::Signals,
 };
 
 use crate::failure::{Failure, Result};
@@ -36,4 +40,13 @@ impl Interrupted {
     pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
+}
+
+/// Calls `end`, from a thread of its own, when an end is asked for.
+pub fn on_interrupt(end: impl Fn() + Send + 'static) -> Result<()> {
+    let failed = |error| Failure::new(format!("waiting for Ctrl-C: {error}"));
+    Interrupted::watch()?;
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+    let waiting = thread::Builder::new().name("signals".into()).spawn(move || signals.forever().for_each(|_| end()));
+    waiting.map(drop).map_err(failed)
 }

@@ -36,13 +36,11 @@ pub fn run(args: &Bench) -> Result<ExitCode> {
     let cores = if args.pin { Some(pin::two_cores()?) } else { None };
     let embedded = match &args.device {
         Some(_) => None,
-        None => {
-            // The controller's thread is kept where the thread is that starts it.
-            cores.as_ref().map(|(_, other)| other.take()).transpose()?;
-            Some(Embedded::start(args.size)?)
-        }
+        None => Some(Embedded::start(args.size, cores.map(|(_, other)| other))?),
     };
-    cores.as_ref().map(|(core, _)| core.take()).transpose()?;
+    if let Some((core, _)) = cores {
+        core.take()?;
+    }
     if embedded.is_some() {
         let size = bytes(args.size as f64);
         say(
