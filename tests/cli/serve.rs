@@ -59,7 +59,7 @@ fn a_killed_server_is_reported() {
 fn info_shows_what_is_served() {
     let server = Server::start("--size 16m --lba-size 4096");
     let ended = run(&format!("info {}", server.address()));
-    for part in ["BAR 0", "config", "MSI-X", "NVM Express", "namespace 1: 16 MiB = 4096 blocks of 4 KiB"] {
+    for part in ["BAR 0", "config", "MSI-X", "NVM Express", "namespace 1: 16 MiB = 4096 blocks of 4096 B"] {
         assert!(ended.expect_success().stdout.contains(part), "{part} in {}", ended.stdout);
     }
     let json = run(&format!("info {} --output-format json", server.address())).expect_success().json();
@@ -96,10 +96,10 @@ fn a_device_is_not_written_unasked() {
 
 #[test]
 fn sockets_that_are_in_the_way() {
-    let server = Server::start("--size 1m");
+    let server = Server::start("--size 4m");
     let socket = server.socket();
     run(&format!("serve nvme --socket {socket} --size 1m")).expect_failure(1, &socket);
-    bench(&server, "--size 1m").expect_success();
+    bench(&server, "").expect_success();
 
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("precious");
