@@ -1,0 +1,69 @@
+//! What can't be done is said in one line.
+
+use crate::support::run;
+
+#[test]
+fn wrong_usage_is_status_2() {
+    for (line, part) in [
+        ("", "bench"),
+        ("frob", "frob"),
+        ("bench extra", "extra"),
+        ("bench --nope", "--nope"),
+        ("bench --rw sideways", "randread"),
+        ("bench --bs 1000", "multiple of 512"),
+        ("bench --bs 0", "not 0"),
+        ("bench --bs", "--bs"),
+        ("bench --iodepth 0", "1..=4095"),
+        ("bench --iodepth 4096", "1..=4095"),
+        ("bench --numjobs 0", "1..=256"),
+        ("bench --runtime 0", "0.01"),
+        ("bench --runtime forever", "seconds"),
+        ("bench --size 2k", "--bs"),
+        ("bench --size 9999999t", "2^63"),
+        ("bench --rwmixread 50", "randrw"),
+        ("bench --rw randrw --rwmixread 101", "0..=100"),
+        ("bench --verify --size 64k", "--iodepth"),
+        ("bench --nsid 0", "nsid"),
+        ("bench --device /tmp/socket", "vfio-user:"),
+        ("bench --device 0000:01:00.0", "not supported"),
+        ("serve", "bench, serve nvme or info"),
+        ("serve nvme", "--socket"),
+        ("serve disk --socket x", "disk"),
+        ("serve nvme --socket x --lba-size 520", "512 or 4096"),
+        ("serve nvme --socket x --size 1000", "multiple"),
+        ("info", "vfio-user:PATH"),
+        ("info nowhere", "vfio-user:"),
+    ] {
+        let ended = run(line);
+        ended.expect_failure(2, part);
+        assert_eq!(ended.stdout, "", "{line}");
+    }
+}
+
+#[test]
+fn failures_are_status_1() {
+    for (line, part) in [
+        ("bench --device vfio-user:/nonexistent/socket", "/nonexistent/socket"),
+        ("info vfio-user:/nonexistent/socket", "/nonexistent/socket"),
+        ("serve nvme --socket /nonexistent/socket", "/nonexistent/socket"),
+        ("serve nvme --socket /tmp/unused.sock --file /nonexistent/disk", "/nonexistent/disk"),
+    ] {
+        run(line).expect_failure(1, part);
+    }
+}
+
+#[test]
+fn help_is_there() {
+    for (line, part) in [
+        ("--help", "Examples:"),
+        ("bench --help", "--iodepth"),
+        ("serve --help", "nvme"),
+        ("serve nvme --help", "--socket"),
+        ("info --help", "vfio-user:PATH"),
+        ("--version", env!("CARGO_PKG_VERSION")),
+    ] {
+        let ended = run(line);
+        assert!(ended.expect_success().stdout.contains(part), "{ended:?}");
+        assert_eq!(ended.stderr, "");
+    }
+}
