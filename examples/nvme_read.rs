@@ -8,7 +8,7 @@ use vfio_uring::{
     dma::{HugePages, Pool},
     reactor::Reactor,
 };
-use vfio_uring_models::{nvme, server};
+use vfio_uring_models::nvme;
 use vfio_uring_nvme::{Controller, Options};
 
 /// The driver's user: some twenty lines.
@@ -37,6 +37,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(address) = std::env::args().nth(1) {
         return reactor.block_on(write_and_read(&address.parse()?));
     }
-    let server = server::spawn(nvme::Controller::new(Default::default())?)?;
+    let server = nvme::spawn(Default::default())?;
     reactor.block_on(write_and_read(&server.address().parse()?))
 }

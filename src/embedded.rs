@@ -5,7 +5,7 @@ use std::{fs, io};
 use vfio_uring::device::Address;
 use vfio_uring_models::{
     nvme::{Config, Controller, NamespaceConfig},
-    server::{self, Running},
+    server::{Running, Server},
 };
 
 use crate::{
@@ -35,7 +35,8 @@ impl Embedded {
         let namespaces = vec![NamespaceConfig::memory(size.next_multiple_of(GRANULE))];
         let failed = |error: io::Error| Failure::Failed(format!("starting the software controller: {error}"));
         let controller = Controller::new(Config { namespaces, ..Config::default() }).map_err(failed)?;
-        let server = server::spawn_on(core.map(Core::number), controller).map_err(failed)?;
+        let server = Server::new(controller).map_err(failed)?;
+        let server = Running::start_on(server, core.map(Core::number)).map_err(failed)?;
         let address = server.address().parse()?;
         Ok(Self { server, address })
     }

@@ -9,7 +9,7 @@ use std::{
 
 use vfio_uring_models::{
     nvme::{Backing, Config, Controller, NamespaceConfig},
-    server::{Server, StopFlag},
+    server::{Server, Socket},
 };
 
 use crate::{
@@ -26,9 +26,6 @@ const DEFAULT_SIZE: u64 = 1 << 30;
 pub fn run(args: &Serve) -> Result<ExitCode> {
     let Model::Nvme(args) = &args.model;
     args.check()?;
-    let stop = StopFlag::new().map_err(|error| Failure::Failed(format!("making an eventfd: {error}")))?;
-    let ending = stop.clone();
-    signals::on_interrupt(move || ending.stop())?;
     let namespace = namespace(args)?;
     let place = match &namespace.backing {
         Backing::Memory => "memory".into(),
@@ -37,17 +34,20 @@ pub fn run(args: &Serve) -> Result<ExitCode> {
     let (size, block) = (bytes(namespace.bytes as f64), namespace.lba_size);
     let plain = |error: io::Error| Failure::Failed(error.to_string());
     let controller = Controller::new(Config { namespaces: vec![namespace], ..Config::default() }).map_err(plain)?;
-    let mut server = Server::bind(&args.socket, controller).map_err(plain)?;
-    let socket = args.socket.display();
+    let mut server = Server::new(controller).map_err(plain)?;
+    let socket = Socket::bind(&args.socket).map_err(plain)?;
+    let stop = server.stop_handle();
+    signals::on_interrupt(move || stop.stop())?;
+    let path = args.socket.display();
     let ready = format!(
-        "serving an NVMe controller at vfio-user:{socket}, {size} in {place} in blocks of {block} B; Ctrl-C ends it\n"
+        "serving an NVMe controller at vfio-user:{path}, {size} in {place} in blocks of {block} B; Ctrl-C ends it\n"
     );
     match print(&ready) {
         // It serves whether anybody reads this or not.
         Ok(()) | Err(Failure::Unheard) => {}
         Err(failure) => return Err(failure),
     }
-    server.run(&stop).map_err(|error| Failure::Failed(format!("serving at {socket}: {error}")))?;
+    server.run(&socket).map_err(|error| Failure::Failed(format!("serving at {path}: {error}")))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,7 +1,7 @@
 //! The README's example is the one in `examples/`, and it works.
 
 use vfio_uring::reactor::Reactor;
-use vfio_uring_models::{nvme, server};
+use vfio_uring_models::nvme;
 
 #[path = "../examples/nvme_read.rs"]
 #[allow(dead_code)] // Its main function.
@@ -17,7 +17,7 @@ fn the_readme_quotes_the_example() {
 
 #[test]
 fn the_example_works() {
-    let server = server::spawn(nvme::Controller::new(Default::default()).unwrap()).unwrap();
+    let server = nvme::spawn(Default::default()).unwrap();
     let address = server.address().parse().unwrap();
     Reactor::new().unwrap().block_on(nvme_read::write_and_read(&address)).unwrap();
 }

@@ -7,6 +7,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use rustix::thread::{CpuSet, sched_setaffinity};
+
 use super::{Server, Socket, Stats, Stop};
 use crate::device::Device;
 
@@ -25,11 +27,28 @@ impl Running {
     ///
     /// # Errors
     /// When no directory, socket or thread is to be had.
-    pub fn start<D: Device + Send + 'static>(mut server: Server<D>) -> io::Result<Self> {
+    pub fn start<D: Device + Send + 'static>(server: Server<D>) -> io::Result<Self> {
+        Self::start_on(server, None)
+    }
+
+    /// Starts a server whose thread stays on a core, where the kernel permits it.
+    ///
+    /// # Errors
+    /// As of [`Running::start`].
+    pub fn start_on<D: Device + Send + 'static>(mut server: Server<D>, core: Option<usize>) -> io::Result<Self> {
         let dir = tempfile::Builder::new().prefix("vfio-uring-").tempdir()?;
         let socket = Socket::bind(dir.path().join("socket"))?;
         let (path, stop, stats) = (socket.path().to_path_buf(), server.stop_handle(), server.stats());
-        let thread = thread::Builder::new().name("vfio-user-server".into()).spawn(move || server.run(&socket))?;
+        let thread = thread::Builder::new().name("vfio-user-server".into()).spawn(move || {
+            if let Some(core) = core.filter(|&core| core < CpuSet::MAX_CPU) {
+                let mut set = CpuSet::new();
+                set.set(core);
+                if let Err(error) = sched_setaffinity(None, &set) {
+                    tracing::debug!("the server stays on no core: {error}");
+                }
+            }
+            server.run(&socket)
+        })?;
         Ok(Self { path, stop, stats, thread: Some(thread), _dir: dir })
     }
 
