@@ -1,7 +1,7 @@
 //! The reactor: tasks, wakes from other threads, operations and their cancellation.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     future::{Future, pending, poll_fn},
     io::Write,
     os::fd::OwnedFd,
@@ -298,6 +298,28 @@ fn pollers_are_polled_and_unregistered() {
         assert!(count.0.get() > polls + 5, "outstanding work is looked at while the reactor naps");
         drop(guard);
         assert_eq!(Rc::strong_count(&count), 1);
+    });
+}
+
+/// A poller that finds out, while it is asked about sleeping, that somebody has to be woken.
+#[test]
+fn a_wake_by_standby_is_not_slept_over() {
+    struct Late(RefCell<Option<oneshot::Sender<()>>>);
+    impl Poller for Late {
+        fn poll(&self) -> bool {
+            false
+        }
+        fn standby(&self) -> Standby {
+            if let Some(sender) = self.0.borrow_mut().take() {
+                sender.send(()).unwrap();
+            }
+            Standby::Idle
+        }
+    }
+    run(async {
+        let (send, receive) = oneshot::channel();
+        let _guard = reactor::register_poller(Rc::new(Late(RefCell::new(Some(send)))));
+        timeout(Duration::from_secs(20), receive).await.expect("no sleep").unwrap();
     });
 }
 

@@ -13,6 +13,8 @@ use vfio_uring::reactor::TaskRef;
 pub(crate) struct Line {
     /// Whether anybody waits who was given nothing: looked at instead of the list on the hot path.
     contended: Cell<bool>,
+    /// The queue has ended: no slot is free any more.
+    closed: Cell<bool>,
     waiting: RefCell<Waiting>,
 }
 
@@ -65,19 +67,26 @@ impl Line {
         let mut waiting = self.waiting.borrow_mut();
         let at = waiting.list.iter().position(|waiter| waiter.ticket == ticket.0)?;
         let left = waiting.list.remove(at)?;
-        self.contended.set(waiting.list.iter().any(|waiter| waiter.given.is_none()));
+        self.set_contended(waiting.list.iter().any(|waiter| waiter.given.is_none()));
         left.given
     }
 
-    /// Whether a slot that becomes free is to be given to somebody.
+    fn set_contended(&self, contended: bool) {
+        self.contended.set(contended || self.closed.get());
+    }
+
+    /// Whether a slot that becomes free is to be given to somebody, or kept back.
     #[inline]
     pub(crate) fn is_contended(&self) -> bool {
         self.contended.get()
     }
 
-    /// Gives a slot to the first who has none.
+    /// Gives a slot to the first who has none; keeps it back once the line is closed.
     #[cold]
     pub(crate) fn give(&self, slot: u16) {
+        if self.closed.get() {
+            return;
+        }
         let mut waiting = self.waiting.borrow_mut();
         let mut without = waiting.list.iter_mut().filter(|waiter| waiter.given.is_none());
         if let Some(first) = without.next() {
@@ -85,11 +94,13 @@ impl Line {
             first.task.wake();
         }
         let more = without.next().is_some();
-        self.contended.set(more);
+        self.set_contended(more);
     }
 
-    /// Wakes all who wait: the queue has ended, and each is to see it.
-    pub(crate) fn wake_all(&self) {
+    /// The queue has ended: no slot is given any more, and all who wait are woken to see it.
+    pub(crate) fn close(&self) {
+        self.closed.set(true);
+        self.contended.set(true);
         self.waiting.borrow_mut().list.iter_mut().for_each(|waiter| waiter.task.wake());
     }
 }

@@ -216,7 +216,7 @@ impl QueuePair {
             }
         }
         self.stream.task.take().wake();
-        self.line.wake_all();
+        self.line.close();
     }
 
     /// Ends the queue when its device is gone or a command takes too long.

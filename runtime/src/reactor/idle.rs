@@ -82,7 +82,12 @@ impl Waiting {
         if !local.ready.is_empty() {
             return;
         }
-        let start = match local.pollers.standby() {
+        let standby = local.pollers.standby();
+        // What a poller found out while it looked once more may have woken tasks.
+        if !local.ready.is_empty() {
+            return;
+        }
+        let start = match standby {
             Standby::Found => return,
             Standby::Polled if self.looks <= self.budget.saturating_add(YIELDS) => {
                 thread::yield_now();
