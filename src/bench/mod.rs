@@ -19,6 +19,7 @@ use crate::{
     args::{Bench, Format, Mode, Rw},
     embedded::Embedded,
     failure::{Failure, Result, print, print_aside},
+    open::open,
     pin,
     signals::{INTERRUPTED, Interrupted},
 };
@@ -85,7 +86,7 @@ fn say(args: &Bench, text: &str) -> Result<()> {
 
 /// Opens the device, measures, and shuts it down.
 async fn session(args: &Bench, address: &Address, interrupted: &Interrupted) -> Result<Report> {
-    let device = Device::open(address).await?;
+    let device = open(address).await?;
     let options = Options { timeout: args.io_timeout, ..Options::default() };
     let controller = Controller::new(&device, options).await?;
     match measure(args, &device, &controller, interrupted).await {
