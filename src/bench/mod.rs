@@ -43,14 +43,7 @@ pub fn run(args: &Bench) -> Result<ExitCode> {
         core.take()?;
     }
     if embedded.is_some() {
-        let size = bytes(args.size as f64);
-        say(
-            args,
-            &format!(
-                "no --device: the software controller runs in a thread of this process. Its {size} are in memory, and are \
-                 written once before the run\n"
-            ),
-        )?;
+        say(args, "no --device: the software controller runs in a thread of this process, its blocks in memory")?;
     }
     let address = match (&args.device, &embedded) {
         (Some(address), _) => address.clone(),
@@ -63,7 +56,7 @@ pub fn run(args: &Bench) -> Result<ExitCode> {
     let stopped = embedded.map_or(Ok(()), Embedded::stop);
     let report = report?;
     print(&match args.output_format {
-        Format::Human => report.human(),
+        Format::Human => format!("\n{}", report.human()),
         Format::Json => report.json(),
     })?;
     if let Some(complaint) = report.complaint() {
@@ -154,6 +147,10 @@ async fn measure(args: &Bench, device: &Device, controller: &Controller, interru
         let work = Work::new(range, args.seed.wrapping_add(index), ledger);
         let buffers = buffers(args, device, index).await?;
         jobs.push(Job::new(queue.namespace(nsid)?, mode, work, buffers, &clock, &stop)?);
+    }
+    if args.writes_before() {
+        let size = bytes(args.size as f64);
+        say(args, &format!("the first {size} of namespace {nsid} are overwritten once before the run"))?;
     }
     let mut measured = Run { args, jobs: &jobs, clock: &clock, stop: &stop, interrupted }.all().await?;
     let (total, read, write) = report::rates(&mut measured.recorder, args.bs, measured.elapsed);
