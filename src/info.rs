@@ -14,6 +14,7 @@ use crate::{
     args::{Format, Info},
     bench::bytes,
     failure::{Failure, Result, print},
+    open::open,
 };
 
 /// Class, subclass and programming interface of an NVM Express controller.
@@ -115,7 +116,7 @@ pub fn run(args: &Info) -> Result<ExitCode> {
 }
 
 async fn describe(args: &Info) -> Result<Description> {
-    let device = Device::open(&args.device).await?;
+    let device = open(&args.device).await?;
     let mut missing = Vec::new();
     let mut note = |what: &str, error: String| missing.push(format!("{what}: {error}"));
     let pci = match pci(&device).await {

@@ -7,6 +7,7 @@ mod bench;
 mod embedded;
 mod failure;
 mod info;
+mod open;
 mod pin;
 mod serve;
 mod signals;

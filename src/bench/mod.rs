@@ -19,6 +19,7 @@ use crate::{
     args::{Bench, Format, Mode, Rw},
     embedded::Embedded,
     failure::{Failure, Result, print, print_aside},
+    open::open,
     pin,
     signals::{INTERRUPTED, Interrupted},
 };
@@ -42,14 +43,7 @@ pub fn run(args: &Bench) -> Result<ExitCode> {
         core.take()?;
     }
     if embedded.is_some() {
-        let size = bytes(args.size as f64);
-        say(
-            args,
-            &format!(
-                "no --device: the software controller runs in a thread of this process. Its {size} are in memory, and are \
-                 written once before the run\n"
-            ),
-        )?;
+        say(args, "no --device: the software controller runs in a thread of this process, its blocks in memory")?;
     }
     let address = match (&args.device, &embedded) {
         (Some(address), _) => address.clone(),
@@ -62,7 +56,7 @@ pub fn run(args: &Bench) -> Result<ExitCode> {
     let stopped = embedded.map_or(Ok(()), Embedded::stop);
     let report = report?;
     print(&match args.output_format {
-        Format::Human => report.human(),
+        Format::Human => format!("\n{}", report.human()),
         Format::Json => report.json(),
     })?;
     if let Some(complaint) = report.complaint() {
@@ -85,7 +79,7 @@ fn say(args: &Bench, text: &str) -> Result<()> {
 
 /// Opens the device, measures, and shuts it down.
 async fn session(args: &Bench, address: &Address, interrupted: &Interrupted) -> Result<Report> {
-    let device = Device::open(address).await?;
+    let device = open(address).await?;
     let options = Options { timeout: args.io_timeout, ..Options::default() };
     let controller = Controller::new(&device, options).await?;
     match measure(args, &device, &controller, interrupted).await {
@@ -153,6 +147,10 @@ async fn measure(args: &Bench, device: &Device, controller: &Controller, interru
         let work = Work::new(range, args.seed.wrapping_add(index), ledger);
         let buffers = buffers(args, device, index).await?;
         jobs.push(Job::new(queue.namespace(nsid)?, mode, work, buffers, &clock, &stop)?);
+    }
+    if args.writes_before() {
+        let size = bytes(args.size as f64);
+        say(args, &format!("the first {size} of namespace {nsid} are overwritten once before the run"))?;
     }
     let mut measured = Run { args, jobs: &jobs, clock: &clock, stop: &stop, interrupted }.all().await?;
     let (total, read, write) = report::rates(&mut measured.recorder, args.bs, measured.elapsed);

@@ -75,11 +75,11 @@ fn mix(key: u64) -> u64 {
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [lba, seed, generation] = self.found;
-        write!(
-            f,
-            "block {} does not hold write {} to it; it starts as write {generation} to block {lba} with seed {seed} would",
-            self.lba, self.expected
-        )
+        write!(f, "block {} does not hold write {} to it; ", self.lba, self.expected)?;
+        match lba == self.lba && generation == u64::from(self.expected) {
+            true => write!(f, "its first words are as written with seed {seed}, but not all of the rest"),
+            false => write!(f, "it starts as write {generation} to block {lba} with seed {seed} would"),
+        }
     }
 }
 

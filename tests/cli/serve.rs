@@ -56,6 +56,20 @@ fn a_killed_server_is_reported() {
 }
 
 #[test]
+fn a_second_client_at_a_time_is_told_so() {
+    let server = Server::start("--size 16m");
+    let address = server.address();
+    let first = Process::start(&["bench", "--device", &address, "--size", "4m", "--runtime", "1000"]);
+    thread::sleep(Duration::from_millis(500));
+    bench(&server, "").expect_failure(1, "busy");
+    first.signal(Signal::INT);
+    let ended = first.end();
+    assert_eq!(ended.status, Some(130), "{ended:?}");
+    assert!(ended.stdout.contains("errors 0"), "{ended:?}");
+    bench(&server, "").expect_success();
+}
+
+#[test]
 fn info_shows_what_is_served() {
     let server = Server::start("--size 16m --lba-size 4096");
     let ended = run(&format!("info {}", server.address()));
