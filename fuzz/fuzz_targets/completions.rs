@@ -21,16 +21,33 @@ const SLOTS: usize = 5;
 
 #[derive(Arbitrary, Debug)]
 enum Step {
-    Read { lba: u8, pages: u8 },
+    Read {
+        lba: u8,
+        pages: u8,
+    },
     DroppedRead,
-    Stream { lba: u8 },
+    Stream {
+        lba: u8,
+    },
     TakeStream,
     Turn,
     /// A completion at the place that is next, with the right phase when `phase` says so.
-    Complete { cid: u16, sq: bool, head: u8, phase: bool, status: u16 },
+    Complete {
+        cid: u16,
+        sq: bool,
+        head: u8,
+        phase: bool,
+        status: u16,
+    },
     /// A completion of the command that was submitted last but `back`.
-    CompleteTruly { back: u8, status: u16 },
-    Write { at: u8, words: [u64; 2] },
+    CompleteTruly {
+        back: u8,
+        status: u16,
+    },
+    Write {
+        at: u8,
+        words: [u64; 2],
+    },
 }
 
 thread_local! {
@@ -60,8 +77,9 @@ async fn run(steps: &[Step]) {
     };
     let info = NamespaceInfo { nsid: 1, blocks: 200, block_size: 4096, metadata: 0 };
     let (mut sq, mut cq) = (0, 0);
-    let queue = Queue::from_parts(parts, &[info], |sq_iova, cq_iova| (sq, cq) = (sq_iova - mapping.iova, cq_iova - mapping.iova))
-        .expect("a queue");
+    let queue =
+        Queue::from_parts(parts, &[info], |sq_iova, cq_iova| (sq, cq) = (sq_iova - mapping.iova, cq_iova - mapping.iova))
+            .expect("a queue");
     let ns = queue.namespace(1).expect("namespace 1");
     let data = Pool::new(&space, 64 * 4096, HugePages::No).await.expect("memory");
     let stream = ns.stream().expect("the only stream");

@@ -1,6 +1,6 @@
 //! An NVMe 1.4 controller.
 //!
-//! [`Controller`] is a [`Device`] for [`Server`]; [`spawn`] starts one in a thread of its own. Queues are serviced by polling
+//! [`Controller`] is a [`Device`](crate::device::Device) for [`Server`]; [`spawn`] starts one in a thread of its own. Queues are serviced by polling
 //! the doorbells, which a client maps as part of BAR0 (or writes by messages); nothing is allocated for a command.
 
 mod admin;

@@ -130,7 +130,7 @@ impl Client {
     }
 
     /// Whether the server closes the connection.
-    pub fn is_closed(mut self) -> bool {
+    pub fn into_closed(mut self) -> bool {
         matches!(self.stream.read(&mut [0; 1]), Ok(0) | Err(_))
     }
 }

@@ -166,7 +166,7 @@ fn a_broken_header_ends_the_connection() {
     ] {
         let mut client = client(&server);
         client.send_raw(bad.as_bytes(), &[]);
-        assert!(client.is_closed());
+        assert!(client.into_closed());
     }
     // The next is served.
     client(&server).read(7, 0, 4).unwrap();
@@ -318,8 +318,8 @@ fn one_client_at_a_time() {
     let mut second = Client::silent(server.path());
     second.id = 77;
     assert_eq!(second.ask(command::VERSION, Version::default().as_bytes()), Err(EBUSY));
-    assert!(second.is_closed());
-    assert!(Client::silent(server.path()).is_closed(), "one that says nothing");
+    assert!(second.into_closed());
+    assert!(Client::silent(server.path()).into_closed(), "one that says nothing");
     first.write_u32(0x24, 0x1f_001f);
     // A client that leaves without a word, in the middle of a message even, makes room.
     first.send_raw(&[1, 2, 3], &[]);
@@ -366,6 +366,6 @@ fn stops_at_once_and_tells_its_client() {
     let begun = Instant::now();
     server.stop().unwrap();
     assert!(begun.elapsed() < LIMIT);
-    assert!(idle.is_closed());
+    assert!(idle.into_closed());
     assert!(!path.exists() && !path.parent().unwrap().exists());
 }
