@@ -166,7 +166,7 @@ impl Controller {
         self.stalled.swap_remove(at);
         let Some(Some(cq)) = self.cqs.get_mut(usize::from(cq_id)) else { return Ok(1) };
         let aborted = Completion { result: 0, sq_head, sq_id: sq, cid, status: Status::ABORT_REQUESTED.0 };
-        cq.post(&aborted, host).map_err(|_| Status::INTERNAL_ERROR)?;
+        cq.post(&[aborted], host).map_err(|_| Status::INTERNAL_ERROR)?;
         if let Some(vector) = cq.vector {
             host.signal(vector);
         }

@@ -99,7 +99,7 @@ pub struct Config {
     pub max_queues: u16,
     /// Entries of a queue at most, 2 to 65536.
     pub max_queue_entries: u32,
-    /// Largest transfer as a power of two of 4 KiB pages: 1 to 8 (8 KiB to 1 MiB).
+    /// Largest transfer as a power of two of 4 KiB pages: 1 to 9 (8 KiB to 2 MiB).
     pub mdts: u8,
     /// Serial number, up to 20 ASCII characters.
     pub serial: String,
@@ -136,8 +136,8 @@ impl Config {
         if !(2..=65536).contains(&self.max_queue_entries) {
             return Err(invalid(format!("{} queue entries where 2 to 65536 are possible", self.max_queue_entries)));
         }
-        if !(1..=8).contains(&self.mdts) {
-            return Err(invalid(format!("mdts {} where 1 to 8 are possible", self.mdts)));
+        if !(1..=9).contains(&self.mdts) {
+            return Err(invalid(format!("mdts {} where 1 to 9 are possible", self.mdts)));
         }
         for (what, text, len) in [("serial number", &self.serial, 20), ("model", &self.model, 40)] {
             if text.len() > len || !text.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {

@@ -108,6 +108,15 @@ impl Device for Controller {
             work += self.service_io(index, host);
             index += 1;
         }
+        // Once for a queue, however many submission queues complete there.
+        while let Some(id) = self.signals.pop() {
+            if let Some(Some(cq)) = self.cqs.get_mut(usize::from(id)) {
+                cq.signal = false;
+                if let Some(vector) = cq.vector {
+                    host.signal(vector);
+                }
+            }
+        }
         work
     }
 

@@ -58,6 +58,8 @@ impl Controller {
             0x02 if matches!(sqe.nsid(), 0 | NSID_ALL) => self.smart().to_vec(),
             0x02 => return Err(Status::INVALID_FIELD),
             0x03 => firmware_slots().to_vec(),
+            // No namespace ever changes.
+            0x04 => vec![0; 4096],
             0x05 => effects().to_vec(),
             _ => return Err(Status::LOG_PAGE_INVALID),
         };

@@ -50,6 +50,8 @@ const VERSION: u32 = 0x0001_0400;
 const PAGE: u64 = 4096;
 /// Admin commands that one call of `service` executes.
 const ADMIN_BATCH: usize = 16;
+/// Completions that are posted together; fewer would share cache lines with what the client reads already.
+const POST_TOGETHER: usize = 8;
 /// Commands without a completion (by fault injection) that are remembered for an abort.
 const MAX_STALLED: usize = 1024;
 
@@ -88,6 +90,10 @@ pub struct Controller {
     sqs: Vec<SubmissionQueue>,
     /// By queue identifier.
     cqs: Vec<Option<CompletionQueue>>,
+    /// The commands that were fetched together.
+    batch: Box<[Sqe; BATCH]>,
+    /// Completion queues with completions that the client is to be told of.
+    signals: Vec<u16>,
     nvm: Nvm,
     features: Features,
     events: Events,
@@ -137,6 +143,8 @@ impl Controller {
             registers: Registers::default(),
             sqs: Vec::new(),
             cqs,
+            batch: Box::new([Sqe::default(); BATCH]),
+            signals: Vec::new(),
             nvm,
             events: Events::default(),
             errors: ErrorLog::default(),
@@ -219,9 +227,11 @@ impl Controller {
         let Registers { aqa, asq, acq, .. } = self.registers;
         let (sq_size, cq_size) = ((aqa & 0xfff) + 1, (aqa >> 16) + 1);
         let page = PAGE << cc.page_shift();
-        let aligned = asq.is_multiple_of(page) && acq.is_multiple_of(page);
-        let possible = cc.command_set() == 0 && cc.arbitration() == 0 && cc.page_shift() <= MAX_PAGE_SHIFT;
-        if !possible || !aligned || sq_size < 2 || cq_size < 2 {
+        let placed = |base: u64| base.is_multiple_of(page) && base.checked_add(4096 * 64).is_some();
+        // Entry sizes may be set later, before the first I/O queue.
+        let entries = [(cc.sq_entry_shift(), 6), (cc.cq_entry_shift(), 4)].iter().all(|&(is, must)| is == 0 || is == must);
+        let possible = entries && cc.command_set() == 0 && cc.arbitration() == 0 && cc.page_shift() <= MAX_PAGE_SHIFT;
+        if !possible || !placed(asq) || !placed(acq) || sq_size < 2 || cq_size < 2 {
             tracing::debug!(cc = cc.0, aqa, asq, acq, "the controller can't be enabled like this");
             self.registers.csts |= csts::CFS;
             return;
@@ -284,41 +294,42 @@ impl Controller {
         if room == 0 {
             return 0;
         }
-        let first = sq.head;
-        let mut batch = [Sqe::default(); BATCH];
-        let Ok(count) = sq.fetch(room, &mut batch, host) else {
+        let (mut head, sq_id, size) = (sq.head, sq.id, sq.size);
+        let Ok(count) = sq.fetch(room, &mut self.batch[..], host) else {
             self.fail("a submission queue is not in mapped memory");
             return 0;
         };
-        let (sq_id, size) = (sq.id, sq.size);
-        let mut posted = 0;
-        let mut head = first;
-        for sqe in &batch[..count] {
-            head = if head + 1 == size { 0 } else { head + 1 };
-            let (status, cid) = match self.nvm.execute(sqe, host) {
-                Outcome::Done(status) => (status, sqe.cid()),
-                Outcome::WrongCid(status) => (status, !sqe.cid()),
-                Outcome::Dropped => {
-                    if self.stalled.len() < MAX_STALLED {
-                        self.stalled.push(Stalled { sq: sq_id, cid: sqe.cid() });
+        let mut posted = false;
+        let mut completions = [Completion::default(); POST_TOGETHER];
+        for sqes in self.batch[..count].chunks(POST_TOGETHER) {
+            let mut done = 0;
+            for sqe in sqes {
+                head = if head + 1 == size { 0 } else { head + 1 };
+                let (status, cid) = match self.nvm.execute(sqe, host) {
+                    Outcome::Done(status) => (status, sqe.cid()),
+                    Outcome::WrongCid(status) => (status, !sqe.cid()),
+                    Outcome::Dropped => {
+                        if self.stalled.len() < MAX_STALLED {
+                            self.stalled.push(Stalled { sq: sq_id, cid: sqe.cid() });
+                        }
+                        continue;
                     }
-                    continue;
+                };
+                if !status.is_success() {
+                    self.errors.add(sq_id, sqe, status);
                 }
-            };
-            if !status.is_success() {
-                self.errors.add(sq_id, sqe, status);
+                completions[done] = Completion { result: 0, sq_head: head as u16, sq_id, cid, status: status.0 };
+                done += 1;
             }
-            let completion = Completion { result: 0, sq_head: head as u16, sq_id, cid, status: status.0 };
-            if cq.post(&completion, host).is_err() {
+            if cq.post(&completions[..done], host).is_err() {
                 self.fail("a completion queue is not in mapped memory");
                 return count;
             }
-            posted += 1;
+            posted |= done != 0;
         }
-        if posted != 0
-            && let Some(vector) = cq.vector
-        {
-            host.signal(vector);
+        if posted && cq.vector.is_some() && !cq.signal {
+            cq.signal = true;
+            self.signals.push(cq.id);
         }
         count
     }
@@ -367,14 +378,15 @@ impl Controller {
         if sq.waiting() == 0 {
             return Ok(None);
         }
-        let mut batch = [Sqe::default(); BATCH];
-        sq.fetch(1, &mut batch, host)?;
-        Ok(Some(batch[0]))
+        let mut sqe = [Sqe::default()];
+        sq.fetch(1, &mut sqe, host)?;
+        Ok(Some(sqe[0]))
     }
 
     fn post_admin(&mut self, completion: &Completion, host: &mut impl Host) -> Result<(), &'static str> {
         let Some(Some(cq)) = self.cqs.first_mut() else { return Ok(()) };
-        cq.post(completion, host).map_err(|Unmapped| "the admin completion queue is not in mapped memory")
+        cq.post(std::slice::from_ref(completion), host)
+            .map_err(|Unmapped| "the admin completion queue is not in mapped memory")
     }
 
     fn admin_completion(&self, cid: u16, result: u32, status: Status) -> Completion {

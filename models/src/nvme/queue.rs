@@ -6,7 +6,7 @@ use super::spec::{Completion, Sqe};
 use crate::device::{Host, Unmapped};
 
 /// Entries that are taken from a submission queue at once.
-pub(super) const BATCH: usize = 32;
+pub(super) const BATCH: usize = 64;
 const SQE: u64 = 64;
 const CQE: u64 = 16;
 
@@ -67,16 +67,17 @@ impl SubmissionQueue {
 
     /// Copies entries out, up to the end of the ring, and moves the head past them; how many.
     #[inline]
-    pub fn fetch(&mut self, most: u32, to: &mut [Sqe; BATCH], host: &mut impl Host) -> Result<usize, Unmapped> {
-        let count = self.waiting().min(most).min(BATCH as u32).min(self.size - self.head) as usize;
-        let at = self.base + u64::from(self.head) * SQE;
+    pub fn fetch(&mut self, most: u32, to: &mut [Sqe], host: &mut impl Host) -> Result<usize, Unmapped> {
+        let count = self.waiting().min(most).min(self.size - self.head) as usize;
+        let count = count.min(to.len());
+        let at = self.base.wrapping_add(u64::from(self.head) * SQE);
         if let Some((memory, offset)) = host.window(at, count * SQE as usize) {
             for (i, sqe) in to.iter_mut().take(count).enumerate() {
-                *sqe = memory.read_obj(offset + i as u64 * SQE).map_err(|_| Unmapped)?;
+                *sqe = Sqe(memory.read_obj(offset + i as u64 * SQE).map_err(|_| Unmapped)?);
             }
         } else {
             for (i, sqe) in to.iter_mut().take(count).enumerate() {
-                host.read(at + i as u64 * SQE, zerocopy::IntoBytes::as_mut_bytes(sqe))?;
+                host.read(at.wrapping_add(i as u64 * SQE), zerocopy::IntoBytes::as_mut_bytes(sqe))?;
             }
         }
         self.head += count as u32;
@@ -97,6 +98,8 @@ pub(super) struct CompletionQueue {
     pub vector: Option<u16>,
     /// Submission queues that complete here.
     pub users: u32,
+    /// Completions were posted that the client is to be told of.
+    pub signal: bool,
     head: u32,
     tail: u32,
     phase: bool,
@@ -105,7 +108,7 @@ pub(super) struct CompletionQueue {
 
 impl CompletionQueue {
     pub fn new(id: u16, base: u64, size: u32, vector: Option<u16>) -> Self {
-        Self { id, base, size, vector, users: 0, head: 0, tail: 0, phase: true, refused: 0 }
+        Self { id, base, size, vector, users: 0, signal: false, head: 0, tail: 0, phase: true, refused: 0 }
     }
 
     #[inline]
@@ -136,25 +139,38 @@ impl CompletionQueue {
         self.size - 1 - self.used()
     }
 
-    /// Writes an entry; the caller has looked at [`CompletionQueue::room`].
+    /// Writes entries; the caller has looked at [`CompletionQueue::room`].
     #[inline]
-    pub fn post(&mut self, completion: &Completion, host: &mut impl Host) -> Result<(), Unmapped> {
-        let at = self.base + u64::from(self.tail) * CQE;
-        let dwords = completion.dwords(self.phase);
-        if let Some((memory, offset)) = host.window(at, CQE as usize) {
-            // The dword with the phase comes last, in release order.
-            let first = u64::from(dwords[1]) << 32 | u64::from(dwords[0]);
-            memory.store_u64(offset, first).map_err(|_| Unmapped)?;
-            memory.store_u32(offset + 8, dwords[2]).map_err(|_| Unmapped)?;
-            memory.store_u32(offset + 12, dwords[3]).map_err(|_| Unmapped)?;
-        } else {
-            let mut bytes = [0; CQE as usize];
-            for (to, dword) in bytes.chunks_exact_mut(4).zip(dwords) {
-                to.copy_from_slice(&dword.to_le_bytes());
-            }
-            host.write(at, &bytes)?;
+    pub fn post(&mut self, completions: &[Completion], host: &mut impl Host) -> Result<(), Unmapped> {
+        let mut rest = completions;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min((self.size - self.tail) as usize));
+            self.post_run(now, host)?;
+            rest = later;
         }
-        self.tail += 1;
+        Ok(())
+    }
+
+    /// Writes entries that lie before the end of the ring.
+    #[inline]
+    fn post_run(&mut self, completions: &[Completion], host: &mut impl Host) -> Result<(), Unmapped> {
+        let at = self.base.wrapping_add(u64::from(self.tail) * CQE);
+        if let Some((memory, offset)) = host.window(at, completions.len() * CQE as usize) {
+            for (i, completion) in completions.iter().enumerate() {
+                let offset = offset + i as u64 * CQE;
+                let [low, high] = completion.quads(self.phase);
+                // The half with the phase comes last, in release order.
+                memory.store_u64(offset, low).map_err(|_| Unmapped)?;
+                memory.store_u64(offset + 8, high).map_err(|_| Unmapped)?;
+            }
+        } else {
+            for (i, completion) in completions.iter().enumerate() {
+                let [low, high] = completion.quads(self.phase);
+                let bytes = (u128::from(high) << 64 | u128::from(low)).to_le_bytes();
+                host.write(at.wrapping_add(i as u64 * CQE), &bytes)?;
+            }
+        }
+        self.tail += completions.len() as u32;
         if self.tail == self.size {
             self.tail = 0;
             self.phase = !self.phase;

@@ -239,10 +239,10 @@ pub struct Completion {
 }
 
 impl Completion {
-    /// The entry as stored: dwords 0 to 3.
+    /// The entry as stored, low half first; the high half holds the phase.
     #[inline]
-    pub fn dwords(&self, phase: bool) -> [u32; 4] {
-        let status = u32::from(self.status) << 17 | u32::from(phase) << 16;
-        [self.result, 0, u32::from(self.sq_id) << 16 | u32::from(self.sq_head), status | u32::from(self.cid)]
+    pub fn quads(&self, phase: bool) -> [u64; 2] {
+        let status = u64::from(self.status) << 17 | u64::from(phase) << 16 | u64::from(self.cid);
+        [self.result.into(), status << 32 | u64::from(self.sq_id) << 16 | u64::from(self.sq_head)]
     }
 }
