@@ -39,6 +39,8 @@ pub(super) enum Lost {
     Torn,
     #[error("its message can't be understood: {0}")]
     Header(#[from] HeaderError),
+    #[error("it did not introduce itself")]
+    Silent,
     #[error("it does not take what it is sent")]
     Stalled,
     #[error("it sends too much while it owes a reply")]

@@ -88,9 +88,11 @@ impl DmaTable {
         if !start.is_multiple_of(PAGE) || !size.is_multiple_of(PAGE) {
             return Err(Errno::INVAL);
         }
-        let end = start.checked_add(size).ok_or(Errno::INVAL)?;
-        let at = self.regions.partition_point(|region| region.start < end);
-        if at.checked_sub(1).is_some_and(|before| self.regions[before].start + self.regions[before].size > start) {
+        // By the last byte, since the last page of the address space has no end that can be written down.
+        let last = start.checked_add(size - 1).ok_or(Errno::INVAL)?;
+        let at = self.regions.partition_point(|region| region.start <= last);
+        let before = at.checked_sub(1).map(|before| &self.regions[before]);
+        if before.is_some_and(|before| before.start >= start || start - before.start < before.size) {
             return Err(Errno::EXIST);
         }
         if self.regions.len() >= MAX_MAPS {

@@ -22,7 +22,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -159,8 +159,16 @@ impl<D: Device> Server<D> {
         let mut session = Session::new();
         let mut idle = Idle::new(self.may_spin);
         let mut attend = 0;
+        let since = Instant::now();
         loop {
-            let pause = self.work(&mut session, &mut connection, &mut idle);
+            let mut pause = self.work(&mut session, &mut connection, &mut idle);
+            if !session.is_negotiated() {
+                // A client that says nothing keeps others out.
+                if since.elapsed() >= self.deadline {
+                    return Lost::Silent;
+                }
+                pause = pause.map(|pause| pause.min(self.deadline - since.elapsed().min(self.deadline)));
+            }
             if let Some(lost) = connection.take_lost() {
                 return lost;
             }

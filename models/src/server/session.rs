@@ -112,6 +112,11 @@ impl Session {
         Self { client_max_data: MAX_DATA_XFER, ..Self::default() }
     }
 
+    /// Whether VERSION was accepted.
+    pub fn is_negotiated(&self) -> bool {
+        self.negotiated
+    }
+
     /// Bytes of data that the client takes in one access.
     pub fn client_max_data(&self) -> usize {
         self.client_max_data
@@ -154,7 +159,7 @@ impl Session {
         channel: &mut impl Channel,
     ) -> Result<Answer, Errno> {
         if number == command::VERSION {
-            return self.version(payload);
+            return self.version(payload, &fds);
         }
         if !self.negotiated {
             return Err(Errno::INVAL);
@@ -196,8 +201,8 @@ impl Session {
         }
     }
 
-    fn version(&mut self, payload: &[u8]) -> Result<Answer, Errno> {
-        if self.negotiated {
+    fn version(&mut self, payload: &[u8], fds: &[OwnedFd]) -> Result<Answer, Errno> {
+        if self.negotiated || !fds.is_empty() {
             return Err(Errno::INVAL);
         }
         let (version, theirs) = parse_version(payload).map_err(|error| {

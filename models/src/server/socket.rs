@@ -10,9 +10,13 @@ use std::{
 };
 
 use rustix::{
+    fs::{Mode, fchmod},
     io::Errno,
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with},
 };
+
+/// Clients that may wait to be let in.
+const BACKLOG: i32 = 128;
 
 /// A listening Unix socket whose file goes when it does.
 #[derive(Debug)]
@@ -24,17 +28,17 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Listens at `path`. The file of a server that is gone is replaced.
+    /// Listens at `path`, for this user alone (mode 0600). The file of a server that is gone is replaced.
     ///
     /// # Errors
     /// A live server there, a file that is no socket, or a path that can't be used; the text names the path and the reason.
     pub fn bind(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = path.as_ref();
         let named = |error: io::Error| io::Error::new(error.kind(), format!("can't listen at {}: {error}", path.display()));
-        let listener = match UnixListener::bind(path) {
+        let listener = match listen_at(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 make_way(path).map_err(named)?;
-                UnixListener::bind(path)
+                listen_at(path)
             }
             other => other,
         };
@@ -60,6 +64,16 @@ impl Drop for Socket {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// A listener whose file is for this user alone, from the start.
+fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The file takes the mode of the socket, less the umask.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Removes the socket of a server that is gone.
