@@ -209,27 +209,11 @@ impl Floor {
     pub fn run(&mut self, count: u64) {
         let mut lbas = Lbas::new();
         let entries = self.depth + 1;
-        let mut submitted = 0;
-        let mut completed = 0;
-        let mut free: Vec<u16> = (0..self.depth as u16).collect();
+        let first = count.min(self.depth as u64);
+        (0..first as u16).for_each(|cid| self.submit(cid, lbas.next()));
+        let (mut submitted, mut completed) = (first, 0);
         while completed < count {
-            let mut rang = false;
-            while submitted < count
-                && let Some(cid) = free.pop()
-            {
-                let lba = lbas.next();
-                let sqe = Sqe::new(nvm::READ, 1)
-                    .prps(self.bufs[usize::from(cid)].iova(), 0)
-                    .dwords10(lba as u32, (lba >> 32) as u32)
-                    .with_cid(cid);
-                self.sq.set(self.tail, &sqe).expect("inside");
-                self.tail = if self.tail + 1 == entries { 0 } else { self.tail + 1 };
-                submitted += 1;
-                rang = true;
-            }
-            if rang {
-                self.sq_doorbell.write_after_dma(self.tail as u32);
-            }
+            self.sq_doorbell.write_after_dma(self.tail as u32);
             self.device.device_service();
             let mut taken = false;
             loop {
@@ -238,7 +222,6 @@ impl Floor {
                     break;
                 }
                 assert!(tail.status().is_ok());
-                free.push(black_box(tail.cid()));
                 self.head += 1;
                 if self.head == entries {
                     self.head = 0;
@@ -246,40 +229,56 @@ impl Floor {
                 }
                 completed += 1;
                 taken = true;
+                // The command's slot and buffer go out again.
+                if submitted < count {
+                    submitted += 1;
+                    self.submit(black_box(tail.cid()), lbas.next());
+                }
             }
             if taken {
                 self.cq_doorbell.write(self.head as u32);
             }
         }
     }
+
+    #[inline(always)]
+    fn submit(&mut self, cid: u16, lba: u64) {
+        let sqe = Sqe::new(nvm::READ, 1)
+            .prps(self.bufs[usize::from(cid)].iova(), 0)
+            .dwords10(lba as u32, (lba >> 32) as u32)
+            .with_cid(cid);
+        self.sq.set(self.tail, &sqe).expect("inside");
+        self.tail = if self.tail == self.depth { 0 } else { self.tail + 1 };
+    }
 }
 
 /// `count` reads by the completion stream. `SPLIT` gives the submission a name that callgrind can tell apart.
 pub async fn stream<const SPLIT: bool>(rig: &mut Rig, count: u64) {
     let stream = rig.namespace.stream().expect("the only stream");
-    let mut free = std::mem::take(&mut rig.bufs);
     let mut lbas = Lbas::new();
     let (mut submitted, mut completed, mut failed) = (0, 0, 0);
+    let mut idle = std::mem::take(&mut rig.bufs);
+    while submitted < count
+        && let Some(buf) = idle.pop()
+    {
+        submitted += 1;
+        submit(&stream, lbas.next(), buf);
+    }
     while completed < count {
-        while submitted < count
-            && let Some(buf) = free.pop()
-        {
-            let lba = lbas.next();
-            if SPLIT {
-                first_poll_of_stream(&stream, lba, buf)
-            } else {
-                submit(&stream, lba, buf)
-            }
-            submitted += 1;
-        }
+        // A buffer goes out again as soon as it is back.
         let each = |completion: Completion| {
             failed += u32::from(!completion.status.is_ok());
-            free.push(completion.buf);
+            if submitted == count {
+                return idle.push(completion.buf);
+            }
+            submitted += 1;
+            let lba = lbas.next();
+            if SPLIT { first_poll_of_stream(&stream, lba, completion.buf) } else { submit(&stream, lba, completion.buf) }
         };
         completed += stream.next_batch(each).await.expect("the queue lives") as u64;
     }
     assert_eq!(failed, 0);
-    rig.bufs = free;
+    rig.bufs = idle;
 }
 
 #[inline]

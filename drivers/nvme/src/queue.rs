@@ -317,8 +317,8 @@ impl QueuePair {
     pub(crate) fn start(&self, slot: &Slot, sqe: Sqe, state: State) {
         slot.state.set(state);
         let tail = self.sq_tail.get();
-        // The tail is always below the number of entries.
-        let _ = self.rings.sq.set(tail as usize, &sqe.with_key(slot.key.get()));
+        // The tail is always below the number of entries. What is 0 in every command is so in the ring from the start.
+        let _ = self.rings.sq.set_words(tail as usize, sqe.with_key(slot.key.get()).words());
         self.sq_tail.set(if tail + 1 == self.entries { 0 } else { tail + 1 });
     }
 

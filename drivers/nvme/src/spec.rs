@@ -111,7 +111,7 @@ pub mod nvm {
 /// reserved, metadata pointer, PRP 1, PRP 2, and command dwords 10 to 15 in pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(transparent)]
-pub struct Sqe(pub [u64; 8]);
+pub struct Sqe([u64; 8]);
 const _: () = assert!(size_of::<Sqe>() == 64);
 
 impl Sqe {
@@ -119,6 +119,13 @@ impl Sqe {
     #[inline(always)]
     pub fn new(opcode: u8, nsid: u32) -> Self {
         Self([(u64::from(nsid) << 32 | u64::from(opcode)).to_le(), 0, 0, 0, 0, 0, 0, 0])
+    }
+
+    /// The quadwords that can be other than 0, with their numbers.
+    #[inline(always)]
+    pub(crate) fn words(self) -> [(usize, u64); 5] {
+        let [command, _, _, prp1, prp2, dwords10, dwords12, _] = self.0;
+        [(0, command), (3, prp1), (4, prp2), (5, dwords10), (6, dwords12)]
     }
 
     /// Sets the data pointer.

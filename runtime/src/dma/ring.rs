@@ -260,6 +260,23 @@ impl<T> DmaRing<T> {
         Ok(())
     }
 
+    /// Stores some of an entry's `u64`s, each given with its number in the entry, and leaves the others.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] beyond the last entry, or the entry.
+    #[inline(always)]
+    pub fn set_words<const N: usize>(&self, index: usize, words: [(usize, u64); N]) -> Result<(), OutOfBounds> {
+        let to = self.at(index)?.cast::<u64>();
+        for (number, word) in words {
+            if number >= size_of::<T>() / 8 {
+                return Err(self.shared.outside(number.saturating_mul(8), 8));
+            }
+            // SAFETY: within the entry, whose start is a multiple of 8.
+            unsafe { to.add(number).write_volatile(word) };
+        }
+        Ok(())
+    }
+
     /// Loads the little-endian `u32` at `offset` of an entry, with acquire order: what the device stored before it, as the rest of
     /// the entry, is seen after it.
     ///

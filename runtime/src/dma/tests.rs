@@ -346,7 +346,9 @@ fn a_device_of_the_same_process_sees_the_buffers() {
     device.write_obj(ring.iova() - info.iova + 16, &[1u64, 0xdead_beef_0000_0000]).unwrap();
     assert_eq!(ring.get(1), Ok([1, 0xdead_beef_0000_0000]));
     assert_eq!(ring.load_u32(1, 12), Ok(0xdead_beef));
-    ring.set(3, &[5, 6]).unwrap();
+    ring.set(3, &[5, 7]).unwrap();
+    ring.set_words(3, [(1, 6)]).unwrap();
+    assert!(ring.set_words(3, [(2, 6)]).is_err() && ring.set_words(4, [(0, 6)]).is_err());
     assert_eq!(device.read_obj(ring.iova() - info.iova + 48), Ok([5u64, 6]));
     assert_eq!((buf.space_id(), ring.shared().space_id()), (space.id(), space.id()));
     assert_ne!(space.id(), null(1).id());
