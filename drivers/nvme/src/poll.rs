@@ -23,17 +23,16 @@ impl Poller for QueuePair {
     #[inline]
     fn poll(&self) -> bool {
         self.ring_sq();
-        let stream = self.stream.task.take();
-        let found = if stream.is_none() {
-            self.drain(|index, slot, status| self.list(index, slot, status)) != 0
-        } else if self.has_completion() {
+        let found = if self.stream.waiting.get() {
             // The stream's task takes them itself, and spares them the list.
-            let mut stream = stream;
-            stream.wake();
-            true
+            let found = self.has_completion();
+            if found {
+                self.stream.waiting.set(false);
+                self.stream.task.take().wake();
+            }
+            found
         } else {
-            self.stream.task.set(stream);
-            false
+            self.drain()
         };
         let looks = self.looks.get().wrapping_add(1);
         self.looks.set(looks);
@@ -69,15 +68,18 @@ impl QueuePair {
         if tail >= rung { tail - rung } else { tail + self.entries - rung }
     }
 
-    /// Commands that were submitted and are not done. The sum is exact also when a controller completes what it was not told of
-    /// yet, which makes the first part wrap.
+    /// Commands that were submitted and are not done. It is exact also when a controller completes what it was not told of yet,
+    /// which makes a part of it wrap.
     #[inline]
     pub(crate) fn outstanding(&self) -> u32 {
-        self.in_flight.get().wrapping_add(self.unpublished())
+        self.in_flight.get().wrapping_add(self.unpublished()).wrapping_sub(self.cq_taken.get())
     }
 
     fn ring_cq(&self) {
-        if self.cq_taken.take() != 0 && !self.dead.get() {
+        let taken = self.cq_taken.take();
+        if taken != 0 && !self.dead.get() {
+            // A controller may complete what it was not told of yet.
+            self.in_flight.set(self.in_flight.get().wrapping_sub(taken));
             self.cq_doorbell.write(self.cq_head.get());
         }
     }
@@ -89,51 +91,59 @@ impl QueuePair {
         matches!(word, Ok(word) if (CqeTail(word).status_and_phase() ^ self.phase.get()) & 1 == 0) && !self.dead.get()
     }
 
-    /// Takes the completions that are there; those of streamed commands go to `streamed`, with their slots. How many there were.
-    #[inline(always)]
-    pub(crate) fn drain(&self, mut streamed: impl FnMut(u16, &Slot, Status)) -> u32 {
-        if self.dead.get() {
-            return 0;
+    /// Takes the completions that are there.
+    #[inline]
+    fn drain(&self) -> bool {
+        let head = (self.cq_head.get(), self.phase.get());
+        while let Some((index, slot, status)) = self.next_streamed() {
+            self.list(index, slot, status);
         }
-        let mut taken = 0;
-        // Where the queue is read is kept in it all the time: what is called meanwhile may panic, or come here again. A controller
-        // that completes without end runs out of commands, and is found out by that.
+        head != (self.cq_head.get(), self.phase.get())
+    }
+
+    /// Takes completions up to the next one of a streamed command, with its slot; `None` when no more are there.
+    ///
+    /// Where the queue is read is kept in it all the time: what the caller does between may panic, or come here again.
+    #[inline(always)]
+    pub(crate) fn next_streamed(&self) -> Option<(u16, &Slot, Status)> {
+        // A controller that completes without end runs out of commands, and is found out by that.
         loop {
             let head = self.cq_head.get();
-            let Ok(word) = self.rings.cq.load_u64(head as usize, CqeTail::OFFSET) else { break };
+            let Ok(word) = self.rings.cq.load_u64(head as usize, CqeTail::OFFSET) else { return None };
             let tail = CqeTail(word);
             if (tail.status_and_phase() ^ self.phase.get()) & 1 != 0 {
-                break;
+                self.batch_ends();
+                return None;
             }
             self.cq_head.set(head + 1);
             if head + 1 == self.entries {
                 self.cq_head.set(0);
                 self.phase.set(self.phase.get() ^ 1);
             }
-            taken += 1;
+            self.cq_taken.set(self.cq_taken.get() + 1);
             let index = tail.masked_cid(self.index_mask);
             let slot = self.slots.get(index).filter(|slot| slot.key.get() == tail.key());
             let Some(slot) = slot else {
                 self.break_rule(tail);
-                break;
+                return None;
             };
             // The next command of the slot has another key.
             slot.key.set(tail.key().wrapping_add(self.key_step));
             if slot.state.get() == State::Streamed {
-                streamed(index as u16, slot, tail.status());
-            } else if !self.complete(index as u16, slot, tail, head as usize) {
-                break;
+                return Some((index as u16, slot, tail.status()));
+            }
+            if !self.complete(index as u16, slot, tail, head as usize) {
+                return None;
             }
         }
-        if taken != 0 {
-            self.in_flight.set(self.in_flight.get().wrapping_sub(taken));
-            self.cq_taken.set(self.cq_taken.get() + taken);
-            // The queue has room for more than all slots, so the controller need not hear of every batch at once.
-            if self.cq_taken.get() * 4 >= self.entries {
-                self.ring_cq();
-            }
+    }
+
+    /// The queue has room for more than all slots, so the controller need not hear of every batch at once.
+    #[inline(always)]
+    fn batch_ends(&self) {
+        if self.cq_taken.get() * 4 >= self.entries {
+            self.ring_cq();
         }
-        taken
     }
 
     /// Ends a command that was not streamed. False: it was not outstanding, and the queue has ended.
@@ -180,11 +190,14 @@ impl QueuePair {
     fn list(&self, index: u16, slot: &Slot, status: Status) {
         slot.status.set(status);
         slot.state.set(State::Listed);
-        let listed = self.stream.listed.get();
-        // The list is as long as the slots, each of which is in it once.
-        if let Some(place) = self.stream.list.get(listed) {
+        let stream = &self.stream;
+        let (first, listed) = (stream.first.get(), stream.listed.get());
+        // A ring as long as the slots, each of which is in it once.
+        let end = first + listed;
+        let end = if end < stream.list.len() { end } else { end - stream.list.len() };
+        if let Some(place) = stream.list.get(end) {
             place.set(index);
-            self.stream.listed.set(listed + 1);
+            stream.listed.set(listed + 1);
         }
     }
 
@@ -215,6 +228,7 @@ impl QueuePair {
                 slot.parent.set(Some(parent));
             }
         }
+        self.stream.waiting.set(false);
         self.stream.task.take().wake();
         self.line.close();
     }

@@ -148,9 +148,12 @@ impl Slot {
 
 /// The completion stream of a queue.
 pub(crate) struct StreamState {
-    /// Slots of commands whose completion was taken while the stream's task was not waiting, in order; the first `listed`.
+    /// Slots of commands whose completion was taken while the stream's task was not waiting, in order: `listed` from `first` on.
     pub(crate) list: Box<[Cell<u16>]>,
+    pub(crate) first: Cell<usize>,
     pub(crate) listed: Cell<usize>,
+    /// Whether `task` waits for a completion.
+    pub(crate) waiting: Cell<bool>,
     pub(crate) task: Cell<TaskRef>,
     pub(crate) taken: Cell<bool>,
 }
@@ -181,7 +184,7 @@ pub(crate) struct QueuePair {
     pub(crate) sq_tail: Cell<u32>,
     pub(crate) sq_rung: Cell<u32>,
     pub(crate) cq_head: Cell<u32>,
-    /// Completions taken since the completion queue's doorbell was rung.
+    /// Completions taken since the completion queue's doorbell was rung; not taken off `in_flight` yet.
     pub(crate) cq_taken: Cell<u32>,
     /// The phase tag of new completions.
     pub(crate) phase: Cell<u16>,
@@ -251,7 +254,9 @@ impl QueuePair {
             space_id: memory.space_id(),
             stream: StreamState {
                 list: (0..count).map(|_| Cell::new(NONE)).collect(),
+                first: Cell::new(0),
                 listed: Cell::new(0),
+                waiting: Cell::new(false),
                 task: Cell::default(),
                 taken: Cell::new(false),
             },

@@ -151,7 +151,15 @@ impl CommandStream {
     pub async fn next_batch(&self, mut each: impl FnMut(Completion)) -> Result<usize> {
         poll_fn(|cx| {
             let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
-            let count = self.take_listed(&mut each) + self.take_new(&mut each);
+            let mut count = 0;
+            while let Some((index, slot, status)) = self.next() {
+                let buf = slot.buf.take();
+                queue.free_this(index, slot);
+                count += 1;
+                if let Some(buf) = buf {
+                    each(Completion { token: Token(index), status, buf });
+                }
+            }
             if count != 0 || queue.outstanding() == 0 {
                 return Poll::Ready(Ok(count));
             }
@@ -159,6 +167,7 @@ impl CommandStream {
                 return Poll::Ready(Err(queue.end_error()));
             }
             stream.task.set(TaskRef::current(cx));
+            stream.waiting.set(true);
             Poll::Pending
         })
         .await
@@ -172,47 +181,43 @@ impl CommandStream {
         self.next_batch(|completion| to.push(completion)).await.map(drop)
     }
 
-    /// Takes what has completed since the queue's last turn.
+    /// The next command that is done: of the list first, then of the queue.
     #[inline(always)]
-    fn take_new(&self, each: &mut impl FnMut(Completion)) -> usize {
+    fn next(&self) -> Option<(u16, &Slot, Status)> {
         let queue = &*self.ns.queue;
-        let mut count = 0;
-        queue.drain(|index, slot, status| {
-            count += 1;
-            self.give(index, slot, status, each);
-        });
-        count
+        if queue.stream.listed.get() != 0 {
+            return self.next_listed();
+        }
+        if queue.dead.get() { None } else { queue.next_streamed() }
     }
 
-    /// Takes what was completed while nobody waited.
-    fn take_listed(&self, each: &mut impl FnMut(Completion)) -> usize {
+    /// What was completed while nobody waited.
+    #[cold]
+    fn next_listed(&self) -> Option<(u16, &Slot, Status)> {
         let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
-        let listed = stream.listed.replace(0);
-        for place in &stream.list[..listed.min(stream.list.len())] {
-            let slot = queue.slot(place.get());
-            self.give(place.get(), slot, slot.status.get(), each);
-        }
-        listed
-    }
-
-    #[inline(always)]
-    fn give(&self, index: u16, slot: &Slot, status: Status, each: &mut impl FnMut(Completion)) {
-        let queue = &*self.ns.queue;
-        let buf = slot.buf.take();
-        queue.free_this(index, slot);
-        if let Some(buf) = buf {
-            each(Completion { token: Token(index), status, buf });
-        }
+        let place = stream.first.get();
+        let index = stream.list.get(place)?.get();
+        let left = stream.listed.get() - 1;
+        stream.listed.set(left);
+        stream.first.set(if place + 1 == stream.list.len() { 0 } else { place + 1 });
+        let slot = queue.slot(index);
+        Some((index, slot, slot.status.get()))
     }
 }
 
 impl Drop for CommandStream {
     fn drop(&mut self) {
-        self.take_listed(&mut drop);
+        while self.ns.queue.stream.listed.get() != 0
+            && let Some((index, slot, _)) = self.next_listed()
+        {
+            drop(slot.buf.take());
+            self.ns.queue.free_this(index, slot);
+        }
         let queue = &self.ns.queue;
         for slot in queue.slots.iter().filter(|slot| slot.state.get() == State::Streamed) {
             slot.state.set(State::Orphaned);
         }
+        queue.stream.waiting.set(false);
         queue.stream.task.take();
         queue.stream.taken.set(false);
     }
