@@ -63,6 +63,19 @@ impl Nvm {
         self.namespaces.get_mut(index).ok_or(Status::INVALID_NAMESPACE)
     }
 
+    /// Prepares for a batch of commands.
+    #[inline]
+    pub fn warm(&self, batch: &[Sqe]) {
+        // The first command would have to wait for its own miss anyway.
+        for sqe in batch.iter().skip(1).filter(|sqe| sqe.opcode() == nvm::READ) {
+            if let Some(namespace) = self.namespaces.get((sqe.nsid() as usize).wrapping_sub(1))
+                && sqe.lba() < namespace.blocks
+            {
+                namespace.store.warm(sqe.lba() << namespace.lba_shift);
+            }
+        }
+    }
+
     /// Executes a command of an I/O queue.
     #[inline]
     pub fn execute(&mut self, sqe: &Sqe, host: &mut impl Host) -> Outcome {

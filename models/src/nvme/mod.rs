@@ -1,7 +1,8 @@
 //! An NVMe 1.4 controller.
 //!
-//! [`Controller`] is a [`Device`](crate::device::Device) for [`Server`]; [`spawn`] starts one in a thread of its own. Queues are serviced by polling
-//! the doorbells, which a client maps as part of BAR0 (or writes by messages); nothing is allocated for a command.
+//! [`Controller`] is a [`Device`](crate::device::Device) for [`Server`]; [`spawn`] starts one in a thread of its own. Queues are
+//! serviced by polling the doorbells, which a client maps as part of BAR0 (or writes by messages); nothing is allocated for a
+//! command.
 
 mod admin;
 mod backing;
@@ -15,8 +16,6 @@ mod io;
 mod log;
 mod queue;
 pub mod spec;
-#[cfg(test)]
-mod tests;
 mod transfer;
 
 use std::{
@@ -301,6 +300,7 @@ impl Controller {
         };
         let mut posted = false;
         let mut completions = [Completion::default(); POST_TOGETHER];
+        self.nvm.warm(&self.batch[..count]);
         for sqes in self.batch[..count].chunks(POST_TOGETHER) {
             let mut done = 0;
             for sqe in sqes {

@@ -12,6 +12,8 @@ mod running;
 mod session;
 mod socket;
 mod stop;
+#[cfg(test)]
+mod tests;
 
 use std::{
     io,
