@@ -4,6 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::{
     event::{PollFd, PollFlags, poll},
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
     time::Timespec,
 };
@@ -70,6 +71,10 @@ impl Irqs {
                 if !fds.iter().all(is_eventfd) {
                     return Err(Errno::INVAL);
                 }
+                // A counter that the client fills up must not stop the server.
+                for fd in &fds {
+                    fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
+                }
                 bound.resize_with(vectors as usize, || None);
                 let mut fds = fds.into_iter();
                 for slot in &mut bound[start as usize..(start + count) as usize] {
@@ -89,7 +94,8 @@ fn is_eventfd(fd: &OwnedFd) -> bool {
     }
 }
 
-/// Adds 1, unless the counter is full: then the client has an event to see anyway, and a write would block.
+/// Adds 1, unless the counter is full: then the client has an event to see anyway. The client may have made a write block again,
+/// so it is asked first.
 fn notify(fd: &OwnedFd) {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let mut polled = [PollFd::new(fd, PollFlags::OUT)];
