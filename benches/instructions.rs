@@ -17,12 +17,12 @@ const CASES: [(&str, usize, Option<f64>, f64); 9] = [
     ("floor", 1, None, 120.0),
     ("floor", 32, None, 90.0),
     ("floor", 128, None, 90.0),
-    ("future", 1, Some(300.0), 700.0),
+    ("future", 1, Some(300.0), 660.0),
     ("future", 32, None, 350.0),
     ("future", 128, Some(200.0), 330.0),
-    ("stream", 1, Some(300.0), 700.0),
-    ("stream", 32, None, 180.0),
-    ("stream", 128, Some(140.0), 165.0),
+    ("stream", 1, Some(300.0), 600.0),
+    ("stream", 32, None, 155.0),
+    ("stream", 128, Some(140.0), 140.0),
 ];
 /// Bars for the instructions over the floor at depth 128.
 const TAX: [(&str, f64); 2] = [("future", 110.0), ("stream", 45.0)];

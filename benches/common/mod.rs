@@ -275,7 +275,8 @@ pub async fn stream<const SPLIT: bool>(rig: &mut Rig, count: u64) {
             let lba = lbas.next();
             if SPLIT { first_poll_of_stream(&stream, lba, completion.buf) } else { submit(&stream, lba, completion.buf) }
         };
-        completed += stream.next_batch(each).await.expect("the queue lives") as u64;
+        completed += stream.take(each) as u64;
+        stream.ready().await.expect("the queue lives");
     }
     assert_eq!(failed, 0);
     rig.bufs = idle;

@@ -127,7 +127,10 @@ impl Namespace {
     pub(crate) fn fits_command(&self, lba: u64, buf: &DmaBuf) -> bool {
         let len = buf.len();
         // Of 0 bytes, the difference is huge.
-        if len.wrapping_sub(1) >= self.part_len || len & self.mask != 0 || lba >= self.safe_end {
+        if len.wrapping_sub(1) >= self.part_len || len & self.mask != 0 {
+            return false;
+        }
+        if lba >= self.safe_end {
             return false;
         }
         buf.space_id() == self.queue.space_id

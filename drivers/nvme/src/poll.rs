@@ -32,7 +32,7 @@ impl Poller for QueuePair {
             }
             found
         } else {
-            self.drain()
+            !self.dead.get() && self.drain()
         };
         let looks = self.looks.get().wrapping_add(1);
         self.looks.set(looks);
@@ -86,7 +86,7 @@ impl QueuePair {
 
     /// Whether there is a completion to take.
     #[inline]
-    fn has_completion(&self) -> bool {
+    pub(crate) fn has_completion(&self) -> bool {
         let word = self.rings.cq.load_u64(self.cq_head.get() as usize, CqeTail::OFFSET);
         matches!(word, Ok(word) if (CqeTail(word).status_and_phase() ^ self.phase.get()) & 1 == 0) && !self.dead.get()
     }
@@ -199,6 +199,16 @@ impl QueuePair {
             place.set(index);
             stream.listed.set(listed + 1);
         }
+    }
+
+    /// The first command of the list, which is not empty.
+    #[cold]
+    pub(crate) fn next_listed(&self) -> u16 {
+        let stream = &self.stream;
+        let place = stream.first.get();
+        stream.listed.set(stream.listed.get() - 1);
+        stream.first.set(if place + 1 == stream.list.len() { 0 } else { place + 1 });
+        stream.list[place].get()
     }
 
     /// Ends the queue, as its completion can't be.

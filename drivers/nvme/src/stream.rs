@@ -141,30 +141,23 @@ impl CommandStream {
         Err(Rejected { error, buf })
     }
 
-    /// Waits until a command is done, and calls `each` for all that are; how many those were. 0, at once, when nothing is under
-    /// way on the queue.
+    /// Waits until a command is done, or nothing is under way on the queue.
     ///
     /// # Errors
-    /// [`Error::Ended`] when the queue has ended, after what was done before; the buffers of what was under way stay with the
-    /// controller.
+    /// [`Error::Ended`] when the queue has ended and what was done before is taken; the buffers of what was under way stay with
+    /// the controller.
     #[inline]
-    pub async fn next_batch(&self, mut each: impl FnMut(Completion)) -> Result<usize> {
+    pub async fn ready(&self) -> Result<()> {
         poll_fn(|cx| {
             let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
-            let mut count = 0;
-            while let Some((index, slot, status)) = self.next() {
-                let buf = slot.buf.take();
-                queue.free_this(index, slot);
-                count += 1;
-                if let Some(buf) = buf {
-                    each(Completion { token: Token(index), status, buf });
-                }
-            }
-            if count != 0 || queue.outstanding() == 0 {
-                return Poll::Ready(Ok(count));
+            if stream.listed.get() != 0 {
+                return Poll::Ready(Ok(()));
             }
             if queue.dead.get() {
                 return Poll::Ready(Err(queue.end_error()));
+            }
+            if queue.has_completion() || queue.outstanding() == 0 {
+                return Poll::Ready(Ok(()));
             }
             stream.task.set(TaskRef::current(cx));
             stream.waiting.set(true);
@@ -173,45 +166,61 @@ impl CommandStream {
         .await
     }
 
+    /// Calls `each` for every command that is done, without waiting; how many those were. `each` may submit.
+    #[inline(always)]
+    pub fn take(&self, mut each: impl FnMut(Completion)) -> usize {
+        let queue = &*self.ns.queue;
+        let mut count = 0;
+        loop {
+            let (index, slot, status) = if queue.stream.listed.get() != 0 {
+                let index = queue.next_listed();
+                let slot = queue.slot(index);
+                (index, slot, slot.status.get())
+            } else {
+                match queue.next_streamed() {
+                    Some(streamed) => streamed,
+                    None => return count,
+                }
+            };
+            let buf = slot.buf.take();
+            queue.free_this(index, slot);
+            count += 1;
+            if let Some(buf) = buf {
+                each(Completion { token: Token(index), status, buf });
+            }
+        }
+    }
+
+    /// [`CommandStream::ready`] and [`CommandStream::take`], until there is something to take; 0 when nothing is under way on the
+    /// queue.
+    ///
+    /// # Errors
+    /// As of [`CommandStream::ready`].
+    pub async fn next_batch(&self, mut each: impl FnMut(Completion)) -> Result<usize> {
+        loop {
+            self.ready().await?;
+            let count = self.take(&mut each);
+            if count != 0 || self.ns.queue.outstanding() == 0 {
+                return Ok(count);
+            }
+        }
+    }
+
     /// [`CommandStream::next_batch`], appending to a list.
     ///
     /// # Errors
-    /// As of [`CommandStream::next_batch`].
+    /// As of [`CommandStream::ready`].
     pub async fn completions(&self, to: &mut Vec<Completion>) -> Result<()> {
         self.next_batch(|completion| to.push(completion)).await.map(drop)
-    }
-
-    /// The next command that is done: of the list first, then of the queue.
-    #[inline(always)]
-    fn next(&self) -> Option<(u16, &Slot, Status)> {
-        let queue = &*self.ns.queue;
-        if queue.stream.listed.get() != 0 {
-            return self.next_listed();
-        }
-        if queue.dead.get() { None } else { queue.next_streamed() }
-    }
-
-    /// What was completed while nobody waited.
-    #[cold]
-    fn next_listed(&self) -> Option<(u16, &Slot, Status)> {
-        let (queue, stream) = (&*self.ns.queue, &self.ns.queue.stream);
-        let place = stream.first.get();
-        let index = stream.list.get(place)?.get();
-        let left = stream.listed.get() - 1;
-        stream.listed.set(left);
-        stream.first.set(if place + 1 == stream.list.len() { 0 } else { place + 1 });
-        let slot = queue.slot(index);
-        Some((index, slot, slot.status.get()))
     }
 }
 
 impl Drop for CommandStream {
     fn drop(&mut self) {
-        while self.ns.queue.stream.listed.get() != 0
-            && let Some((index, slot, _)) = self.next_listed()
-        {
-            drop(slot.buf.take());
-            self.ns.queue.free_this(index, slot);
+        while self.ns.queue.stream.listed.get() != 0 {
+            let index = self.ns.queue.next_listed();
+            drop(self.ns.queue.slot(index).buf.take());
+            self.ns.queue.free_slot(index);
         }
         let queue = &self.ns.queue;
         for slot in queue.slots.iter().filter(|slot| slot.state.get() == State::Streamed) {
