@@ -1,6 +1,9 @@
 //! How a server waits for doorbells, which nobody announces: spinning pays while work comes fast, sleeping when it does not.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 /// Looks without work before the clock is asked.
 const FREE_LOOKS: u32 = 64;
@@ -8,6 +11,9 @@ const MIN_SPIN: Duration = Duration::from_micros(5);
 const MAX_SPIN: Duration = Duration::from_micros(100);
 /// After spinning, the core is offered to others for this long.
 const YIELD: Duration = Duration::from_micros(100);
+/// How long a client on the same core keeps it: more than the call takes, and less than the scheduler's slice, which is what
+/// somebody takes who does not wait for us.
+const PEER_TURN: Range<Duration> = Duration::from_micros(3)..Duration::from_millis(1);
 const MIN_SLEEP: Duration = Duration::from_micros(20);
 const MAX_SLEEP: Duration = Duration::from_millis(1);
 /// A client that did nothing for this long is looked at less often.
@@ -30,18 +36,23 @@ pub(super) struct Idle {
     since: Option<Instant>,
     sleep: Duration,
     slept: bool,
+    /// Somebody else had the core since work was found, as long as a client that waits the same way has it.
+    shared: bool,
 }
 
 impl Idle {
     /// With one core only, spinning would take it from the other side.
     pub fn new(may_spin: bool) -> Self {
-        Self { may_spin, spin: MAX_SPIN, looks: 0, since: None, sleep: MIN_SLEEP, slept: false }
+        Self { may_spin, spin: MAX_SPIN, looks: 0, since: None, sleep: MIN_SLEEP, slept: false, shared: false }
     }
 
     /// Work was found.
     #[inline]
     pub fn busy(&mut self) {
-        if self.looks > FREE_LOOKS {
+        if std::mem::take(&mut self.shared) {
+            // The client shares the core: it is faster when it gets it.
+            self.spin = MIN_SPIN;
+        } else if self.looks > FREE_LOOKS {
             // Spin longer where that would have caught it, less where it was in vain.
             self.spin = if self.slept { self.spin / 2 } else { self.spin * 2 }.clamp(MIN_SPIN, MAX_SPIN);
         }
@@ -49,6 +60,11 @@ impl Idle {
         self.since = None;
         self.slept = false;
         self.sleep = MIN_SLEEP;
+    }
+
+    /// The core was offered to others, and back after `time`.
+    pub fn yielded(&mut self, time: Duration) {
+        self.shared |= PEER_TURN.contains(&time);
     }
 
     /// Nothing was found.

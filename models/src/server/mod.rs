@@ -216,7 +216,9 @@ impl<D: Device> Server<D> {
             match idle.next() {
                 Step::Spin => std::hint::spin_loop(),
                 Step::Yield => {
+                    let start = Instant::now();
                     rustix::thread::sched_yield();
+                    idle.yielded(start.elapsed());
                     rounds += YIELD_ROUNDS;
                 }
                 Step::Sleep(time) => {
