@@ -4,7 +4,7 @@ use vfio_uring::reactor::Reactor;
 use vfio_uring_models::nvme;
 
 #[path = "../examples/nvme_read.rs"]
-#[allow(dead_code)] // Its main function.
+#[expect(dead_code, reason = "its main function")]
 mod nvme_read;
 
 #[test]

@@ -89,7 +89,7 @@ impl Controller {
         }
         disable(&bar, cap).await?;
         let slots = ADMIN_SLOTS.min(cap.max_queue_entries() as usize - 1);
-        let admin = Rc::new(new_pair(device, &bar, cap, 0, slots, prp_free(), &options).await?);
+        let admin = Rc::new(new_pair(device, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?);
         let (asq, acq) = admin.ring_iovas();
         bar.write::<u32>(register::AQA, (slots as u32) << 16 | slots as u32).await?;
         bar.write::<u64>(register::ASQ, asq).await?;
@@ -111,21 +111,10 @@ impl Controller {
             queues: RefCell::default(),
             next_queue: Cell::new(1),
         };
-        match identified.map(|info| inner.info = info) {
-            Ok(()) => {}
-            Err(error) => {
-                // The admin queue is quiesced by the reset, if it can be had; else its memory is given up.
-                let _ = inner.reset().await;
-                return Err(error);
-            }
-        }
-        inner.info.max_queue_entries = cap.max_queue_entries();
-        match inner.negotiate_queues().await {
-            Ok(count) => inner.info.io_queues = count,
-            Err(error) => {
-                let _ = inner.reset().await;
-                return Err(error);
-            }
+        if let Err(error) = inner.describe(identified).await {
+            // The admin queue is quiesced by the reset, if it can be had; else its memory is given up.
+            let _ = inner.reset().await;
+            return Err(error);
         }
         Ok(Self(Rc::new(inner)))
     }
@@ -149,7 +138,8 @@ impl Controller {
     /// completions are polled for by the reactor of this thread.
     ///
     /// # Errors
-    /// [`vfio_uring::Error::Invalid`] for a depth of 0 or above 4095, or when all queues are in use; [`Error::Status`] from the controller.
+    /// [`vfio_uring::Error::Invalid`] for a depth of 0 or above [`MAX_SLOTS`], or when all queues are in use; [`Error::Status`]
+    /// from the controller.
     pub async fn create_queue(&self, depth: usize) -> Result<Queue> {
         let inner = &*self.0;
         if !(1..=MAX_SLOTS).contains(&depth) {
@@ -196,6 +186,14 @@ impl Inner {
         disable(&self.bar, self.cap).await?;
         self.admin.quiesce();
         self.queues.borrow().iter().for_each(|queue| queue.quiesce());
+        Ok(())
+    }
+
+    /// Completes what is known of the controller.
+    async fn describe(&mut self, identified: Result<ControllerInfo>) -> Result<()> {
+        self.info = identified?;
+        self.info.max_queue_entries = self.cap.max_queue_entries();
+        self.info.io_queues = self.negotiate_queues().await?;
         Ok(())
     }
 
@@ -248,10 +246,6 @@ impl Queue {
     pub fn depth(&self) -> usize {
         self.pair.slots.len()
     }
-}
-
-fn prp_free() -> usize {
-    2 * crate::prp::PAGE
 }
 
 fn deadline(cap: Cap) -> Instant {

@@ -129,6 +129,7 @@ impl QueuePair {
             };
             // The next command of the slot has another key.
             slot.key.set(tail.key().wrapping_add(self.key_step));
+            slot.age.set(0);
             if slot.state.get() == State::Streamed {
                 return Some((index as u16, slot, tail.status()));
             }
@@ -256,9 +257,8 @@ impl QueuePair {
         }
         self.next_tick.set(now + self.timeout / u32::from(TICKS) + Duration::from_micros(1));
         for slot in self.slots.iter().filter(|slot| slot.state.get().in_flight()) {
-            let age = if slot.aged.replace(slot.cid()) == slot.cid() { slot.age.get() + 1 } else { 0 };
-            slot.age.set(age);
-            if age > TICKS {
+            slot.age.set(slot.age.get() + 1);
+            if slot.age.get() > TICKS {
                 let what = format!("command {:#06x} of queue {}", slot.cid(), self.id);
                 return self.end(vfio_uring::Error::Timeout { what, after: self.timeout }.into());
             }

@@ -107,9 +107,8 @@ pub(crate) struct Slot {
     pub(crate) next: Cell<u16>,
     pub(crate) status: Cell<Status>,
     pub(crate) state: Cell<State>,
-    /// Ticks of the queue's clock that the command has seen, and its identifier when it saw them.
+    /// Ticks of the queue's clock that the command has seen.
     pub(crate) age: Cell<u8>,
-    pub(crate) aged: Cell<u16>,
 }
 
 const _: () = assert!(size_of::<Slot>() == 64);
@@ -231,7 +230,6 @@ impl QueuePair {
             status: Cell::new(Status(0)),
             state: Cell::new(State::Free),
             age: Cell::new(0),
-            aged: Cell::new(0),
         };
         Ok(Self {
             id,

@@ -81,7 +81,7 @@ pub mod csts {
 }
 
 /// Opcodes of admin commands (section 5).
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod admin {
     pub const DELETE_SQ: u8 = 0x00;
     pub const CREATE_SQ: u8 = 0x01;
@@ -100,7 +100,7 @@ pub mod admin {
 }
 
 /// Opcodes of NVM commands (section 6).
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod nvm {
     pub const FLUSH: u8 = 0x00;
     pub const WRITE: u8 = 0x01;

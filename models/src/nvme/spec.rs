@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Register offsets in BAR0 (section 3.1).
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod register {
     pub const CAP: u64 = 0x00;
     pub const VS: u64 = 0x08;
@@ -18,7 +18,7 @@ pub mod register {
 }
 
 /// Bits of CSTS (section 3.1.6).
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod csts {
     pub const RDY: u32 = 1;
     pub const CFS: u32 = 1 << 1;
@@ -68,7 +68,7 @@ impl Cc {
 }
 
 /// Opcodes of admin commands (section 5).
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod admin {
     pub const DELETE_SQ: u8 = 0x00;
     pub const CREATE_SQ: u8 = 0x01;
@@ -96,7 +96,7 @@ pub mod admin {
 }
 
 /// Opcodes of NVM commands (section 6).
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod nvm {
     pub const FLUSH: u8 = 0x00;
     pub const WRITE: u8 = 0x01;
@@ -115,7 +115,7 @@ pub const NSID_ALL: u32 = u32::MAX;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status(pub u16);
 
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 impl Status {
     const DNR: u16 = 1 << 14;
     pub const SUCCESS: Self = Self(0);

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Region indices of a PCI device (`VFIO_PCI_*_REGION_INDEX`).
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod index {
     pub const BAR0: u32 = 0;
     pub const BAR1: u32 = 1;

@@ -5,7 +5,7 @@
 use crate::{Error, Result};
 
 /// Offsets in configuration space.
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod offset {
     pub const VENDOR_ID: u64 = 0x00;
     pub const DEVICE_ID: u64 = 0x02;
@@ -33,7 +33,7 @@ pub const CONFIG_SIZE: u64 = 256;
 pub const EXTENDED_CONFIG_SIZE: u64 = 4096;
 
 /// Capability ids.
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod capability {
     pub const POWER_MANAGEMENT: u16 = 0x01;
     pub const MSI: u16 = 0x05;

@@ -23,7 +23,7 @@ pub const DEFAULT_MAX_DATA_XFER: u64 = 1 << 20;
 pub const DEFAULT_MAX_MSG_FDS: u64 = 1;
 
 /// Commands, by number.
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod command {
     pub const VERSION: u16 = 1;
     pub const DMA_MAP: u16 = 2;
@@ -63,7 +63,7 @@ pub mod command {
 }
 
 /// Header flags: bits 0-3 are the type, bit 4 asks for no reply, bit 5 marks an error reply.
-#[allow(missing_docs)]
+#[expect(missing_docs, reason = "the names are those of the specification")]
 pub mod flags {
     pub const TYPE_MASK: u32 = 0xf;
     pub const COMMAND: u32 = 0;
