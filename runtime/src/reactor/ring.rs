@@ -93,6 +93,7 @@ pub(crate) struct Ring {
     ring: IoUring,
     slots: Slab<Slot>,
     generation: u32,
+    #[cfg(feature = "tokio")]
     owner: Owner,
     wake_fd: i32,
     #[cfg(feature = "tokio")]
@@ -126,6 +127,7 @@ impl Ring {
             ring,
             slots: Slab::new(),
             generation: 0,
+            #[cfg(feature = "tokio")]
             owner,
             wake_fd: wake_fd.as_raw_fd(),
             #[cfg(feature = "tokio")]
