@@ -200,14 +200,17 @@ impl Host {
     /// to do now.
     fn sleep(&mut self, local: &Local, limit: Option<Duration>, cx: &mut Context<'_>) -> bool {
         let (limit, timer) = (limit.map(|limit| Instant::now() + limit), local.timers.borrow().next());
-        if let Some(at) = limit.into_iter().chain(timer).min() {
+        let until = limit.into_iter().chain(timer).min();
+        if let Some(at) = until {
             local.ring.borrow_mut().set_alarm(at);
         }
         local.service_ring();
         self.watch(local, cx);
+        // An alarm that rang meanwhile, or just before it was set anew, has to be set again.
+        let rang = until.is_some() && !local.ring.borrow().has_alarm();
         let core = local.ready.core;
         core.host.register(cx.waker());
-        let sleeps = local.ready.is_empty() && core.inbox.prepare_sleep();
+        let sleeps = !rang && local.ready.is_empty() && core.inbox.prepare_sleep();
         if sleeps {
             self.slept = Instant::now();
         }

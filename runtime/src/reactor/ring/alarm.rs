@@ -24,6 +24,11 @@ impl Alarm {
 }
 
 impl Ring {
+    /// Whether the alarm is set and has not rung, as far as completions were taken.
+    pub(crate) fn has_alarm(&self) -> bool {
+        self.alarm.set.is_some()
+    }
+
     /// Has the ring's descriptor become ready at `at`, or before. What it was set to ring at before, it may still ring at.
     pub(crate) fn set_alarm(&mut self, at: Instant) {
         if self.alarm.set.is_some_and(|set| set <= at) {
@@ -35,7 +40,7 @@ impl Ring {
         let time: *const _ = &*self.alarm.time;
         let entry = match self.alarm.set.replace(at) {
             None => opcode::Timeout::new(time).build().user_data(ALARM),
-            // If it rings meanwhile, this fails, and whoever is woken sets it anew.
+            // If it rings meanwhile, this fails, and the ringing is still to be taken.
             Some(_) => opcode::TimeoutUpdate::new(ALARM, time).build().user_data(CANCEL),
         };
         // SAFETY: the box lives as long as the ring, and is read when the entry is submitted.
