@@ -101,6 +101,9 @@ pub struct Bench {
     /// How the driver waits: polling all the time, asleep, or polling while that pays
     #[arg(long, value_enum, default_value_t = IdleMode::Hybrid)]
     pub idle: IdleMode,
+    /// Have the controller signal completions, so that a driver that does not poll sleeps until then; see --idle
+    #[arg(long)]
+    pub interrupts: bool,
     /// Keep the driver, and the software controller if it is in this process, on a core each
     #[arg(long)]
     pub pin: bool,
