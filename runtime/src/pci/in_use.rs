@@ -86,8 +86,7 @@ impl Pci {
         if device.vfio.is_none() {
             return Ok(());
         }
-        let nodes: Vec<_> =
-            device.group.iter().map(|group| self.group_node(group)).chain(self.cdev_node(device)).collect();
+        let nodes: Vec<_> = device.group.iter().map(|group| self.group_node(group)).chain(self.cdev_node(device)).collect();
         // The kernel would wait for its user to let go, without an end.
         if let Some((node, user)) = self.user_of(&nodes) {
             let (bdf, node) = (device.bdf, node.display());
@@ -224,7 +223,8 @@ fn unescape(text: &str) -> String {
     let mut out = Vec::new();
     let mut rest = text.as_bytes();
     while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).filter(|digits| byte == b'\\' && digits.iter().all(|digit| (b'0'..=b'7').contains(digit)));
+        let octal =
+            after.get(..3).filter(|digits| byte == b'\\' && digits.iter().all(|digit| (b'0'..=b'7').contains(digit)));
         match octal {
             Some(digits) => {
                 let value = digits.iter().fold(0u32, |value, digit| value * 8 + u32::from(digit - b'0'));

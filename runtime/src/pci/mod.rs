@@ -22,3 +22,5 @@ pub use plan::{Outcome, Plan, Step};
 
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod tests;

@@ -241,9 +241,7 @@ impl Plan {
             let Err(failed) = self.step(step, &mut write) else { continue };
             let after = self.undo(&self.steps[..done], &mut write);
             return Err(match failed {
-                Failed::Write(error) => {
-                    Error::io(format!("it is not possible to {step}{}{after}", remedy(&error)), error)
-                }
+                Failed::Write(error) => Error::io(format!("it is not possible to {step}{}{after}", remedy(&error)), error),
                 Failed::NotTaken(driver) => {
                     let bdf = self.bdf;
                     Error::NotReady { what: format!("{driver} did not take {bdf}: see dmesg for the reason{after}") }

@@ -11,11 +11,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::{Bdf, PciIds};
 pub use super::{
     obstacle::{Memlock, Obstacle, Obstacles},
     plan::{Outcome, Plan, Step},
 };
-use super::{Bdf, PciIds};
 use crate::{Error, Result};
 
 /// Bytes of an attribute in `/sys`, at most: the kernel gives a page.
@@ -290,8 +290,8 @@ fn vfio_dev(device: &Path) -> Result<Option<VfioDev>> {
     let dev = match optional(&file)? {
         None => None,
         Some(text) => {
-            let (major, minor) = text.split_once(':').ok_or_else(|| malformed(&file, &text, "MAJOR:MINOR"))?;
-            Some((decimal(&file, major)?, decimal(&file, minor)?))
+            let numbers = text.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+            Some(numbers.ok_or_else(|| malformed(&file, &text, "MAJOR:MINOR"))?)
         }
     };
     Ok(Some(VfioDev { name, dev }))
