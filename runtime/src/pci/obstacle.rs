@@ -133,7 +133,12 @@ impl Obstacles {
         self.group.is_empty() || self.cdev.is_empty()
     }
 
-    /// What is missing in both ways: first what makes the rest hard to see.
+    /// What is missing in one way or the other, each once.
+    pub fn all(&self) -> impl Iterator<Item = &Obstacle> {
+        self.group.iter().chain(self.cdev.iter().filter(|obstacle| !self.group.contains(obstacle)))
+    }
+
+    /// What is missing in both ways.
     pub fn common(&self) -> impl Iterator<Item = &Obstacle> {
         self.group.iter().filter(|obstacle| self.cdev.contains(obstacle))
     }
