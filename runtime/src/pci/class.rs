@@ -13,6 +13,7 @@
 /// ```
 pub fn class_name(class: u32) -> Option<&'static str> {
     Some(match (class >> 8, class & 0xff) {
+        (0x0000..=0x00ff, _) => "unclassified",
         (0x0100, _) => "SCSI controller",
         (0x0101, _) => "IDE controller",
         (0x0104, _) => "RAID controller",

@@ -124,6 +124,7 @@ impl Pci {
 
     /// The block devices with these names, with all that is stacked on top of them.
     fn with_holders(&self, names_below: BTreeSet<String>) -> Result<Vec<Block>> {
+        let loops = self.loops()?;
         let mut seen = names_below.clone();
         let mut todo: Vec<_> = names_below.into_iter().collect();
         let mut blocks = Vec::new();
@@ -133,10 +134,25 @@ impl Pci {
             if holders.exists() {
                 todo.extend(names(&holders)?.into_iter().filter(|holder| seen.insert(holder.clone())));
             }
-            blocks.push(Block { dev: optional(&dir.join("dev"))?.unwrap_or_default(), name });
+            let own = [Block { dev: optional(&dir.join("dev"))?.unwrap_or_default(), name }];
+            let on_top = loops.iter().filter(|(_, file)| self.named(file, &own).is_some()).map(|(name, _)| name);
+            todo.extend(on_top.filter(|name| seen.insert((*name).clone())).cloned());
+            blocks.extend(own);
         }
         blocks.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         Ok(blocks)
+    }
+
+    /// The loop devices and their files: these are no holders of what they are made of.
+    fn loops(&self) -> Result<Vec<(String, String)>> {
+        let class = self.sys("class/block");
+        let mut loops = Vec::new();
+        for name in if class.exists() { names(&class)? } else { Vec::new() } {
+            if let Some(file) = optional(&class.join(&name).join("loop/backing_file"))? {
+                loops.push((name, file));
+            }
+        }
+        Ok(loops)
     }
 
     /// The objects of a class that belong to `device`, directly or by a bus of its own (SCSI, USB, virtio).

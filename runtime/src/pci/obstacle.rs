@@ -14,6 +14,8 @@ use super::{
     sysfs::{Pci, PciDevice},
 };
 
+/// Class and subclass of bridges between PCI buses: their configuration space is of another kind.
+pub(super) const PCI_BRIDGE: u32 = 0x0604;
 /// Bytes that a driver needs at least: rings, and a few pages of data.
 const LEAST_MEMORY: u64 = 1 << 20;
 
@@ -21,6 +23,11 @@ const LEAST_MEMORY: u64 = 1 << 20;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Obstacle {
+    /// It is a bridge between PCI buses, which VFIO can't serve.
+    Bridge {
+        /// The bridge.
+        bdf: Bdf,
+    },
     /// No IOMMU is in front of it.
     NoIommu {
         /// The device.
@@ -70,6 +77,7 @@ impl Obstacle {
     /// In a few words, for a table.
     pub fn brief(&self) -> String {
         match self {
+            Self::Bridge { .. } => "not for VFIO".into(),
             Self::NoIommu { .. } => "no IOMMU".into(),
             Self::NotLoaded => "vfio-pci not loaded".into(),
             Self::NotBound { driver: Some(driver), .. } => format!("bound to {driver}"),
@@ -86,6 +94,7 @@ impl Obstacle {
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Bridge { bdf } => write!(f, "{bdf} is a PCI bridge: VFIO takes the devices behind it"),
             Self::NoIommu { bdf } => write!(
                 f,
                 "{bdf} has no IOMMU: boot with intel_iommu=on (Intel) or amd_iommu=on (AMD), and enable VT-d or AMD-Vi in the \
@@ -219,6 +228,10 @@ impl Pci {
     pub(super) fn obstacles_with(&self, device: &PciDevice, memlock: Memlock) -> Obstacles {
         let bdf = device.bdf;
         let mut common = Vec::new();
+        if device.ids.class >> 8 == PCI_BRIDGE {
+            let alone = vec![Obstacle::Bridge { bdf }];
+            return Obstacles { group: alone.clone(), cdev: alone };
+        }
         let Some(group) = device.group.as_ref().filter(|group| !group.no_iommu) else {
             // All else follows from this.
             let alone = vec![Obstacle::NoIommu { bdf }];

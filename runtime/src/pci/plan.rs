@@ -10,13 +10,12 @@ use std::{
 };
 
 use super::{
-    Bdf,
+    Bdf, Obstacle,
+    obstacle::PCI_BRIDGE,
     sysfs::{Pci, PciDevice, link, optional},
 };
 use crate::{Error, Result};
 
-/// Class and subclass of PCI bridges, which have no configuration space of the kind that VFIO serves.
-const PCI_BRIDGE: u32 = 0x0604;
 /// Longest name of a driver.
 const MAX_NAME: usize = 64;
 
@@ -107,17 +106,22 @@ pub struct Outcome {
 }
 
 impl Pci {
-    /// Plans how to give the device at `bdf` to `driver`, as a rule `vfio-pci`. Nothing is done yet. A device that has the driver
+    /// Plans how to give the device at `bdf` to `driver`: `vfio-pci`, or another that lends devices. Nothing is done yet. A device that has the driver
     /// already needs no step.
     ///
     /// # Errors
     /// [`Error::InUse`] when something uses the device (see [`Pci::check_idle`]) or its virtual functions; [`Error::NotReady`]
     /// when the driver is not loaded, or would not take the device: a bridge, or one without an IOMMU; [`Error::Invalid`] for a
-    /// name that is none; those of [`Pci::device`].
+    /// driver of another kind; those of [`Pci::device`].
     pub fn bind(&self, bdf: Bdf, driver: &str) -> Result<Plan> {
         let good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
         if driver.is_empty() || driver.len() > MAX_NAME || driver.starts_with('.') || !driver.bytes().all(good) {
             return Err(Error::invalid(format!("{driver:?} is not the name of a driver: write vfio-pci")));
+        }
+        // An override makes any driver match: one of the kernel's own would be let loose on a device that it does not know.
+        if !lends(driver) {
+            let what = format!("{driver} is not a driver that lends devices to programs: write vfio-pci, or unbind {bdf}");
+            return Err(Error::invalid(what));
         }
         let device = self.device(bdf)?;
         if device.driver.as_deref() == Some(driver) {
@@ -129,10 +133,10 @@ impl Pci {
         }
         if driver == "vfio-pci" {
             if device.ids.class >> 8 == PCI_BRIDGE {
-                return not_ready(format!("{bdf} is a PCI bridge: VFIO takes devices only"));
+                return not_ready(Obstacle::Bridge { bdf }.to_string());
             }
             if device.group.is_none() && !self.no_iommu_mode() {
-                return not_ready(super::Obstacle::NoIommu { bdf }.to_string());
+                return not_ready(Obstacle::NoIommu { bdf }.to_string());
             }
         }
         if let Some(sriov) = device.sriov.filter(|sriov| sriov.enabled > 0) {
@@ -156,10 +160,7 @@ impl Pci {
     pub fn unbind(&self, bdf: Bdf) -> Result<Plan> {
         let device = self.device(bdf)?;
         let limited = device.driver_override.is_some();
-        let lent = device.driver.is_some()
-            && (device.driver == device.driver_override
-                || device.vfio.is_some()
-                || matches!(device.driver.as_deref(), Some("vfio-pci" | "pci-stub" | "uio_pci_generic")));
+        let lent = device.vfio.is_some() || device.driver.as_deref().is_some_and(lends);
         let mut steps = Vec::new();
         if limited {
             steps.push(self.limit(bdf, None));
@@ -295,6 +296,12 @@ impl Plan {
     fn driver(&self) -> Result<Option<String>> {
         link(&self.pci.device_dir(self.bdf).join("driver"))
     }
+}
+
+/// Whether the driver does nothing with a device but to lend it to programs: `vfio-pci`, those made from it, and two that are
+/// older.
+fn lends(driver: &str) -> bool {
+    driver.contains("vfio") || matches!(driver, "pci-stub" | "uio_pci_generic")
 }
 
 enum Failed {

@@ -238,6 +238,11 @@ fn a_disk_in_use_is_refused() {
         fake.link("sys/class/nvme-subsystem/nvme-subsys0", subsystem);
         fake.file(MOUNTINFO, "30 1 259:9 / /srv rw - ext4 /dev/nvme0n9 rw\n");
     });
+    refuses(&["loop3 is mounted"], |fake| {
+        fake.block("sys/devices/virtual/block/loop3", "7:3");
+        fake.file("sys/devices/virtual/block/loop3/loop/backing_file", "/dev/nvme0n1\n");
+        fake.file(MOUNTINFO, "30 1 7:3 / /srv rw - ext4 /dev/loop3 rw\n");
+    });
     // A disk behind a bus of its own.
     refuses(&[EDU, "sda1 is mounted"], |fake| {
         fake.block(&Fake::under(EDU, "ata1/host0/target0:0:0/0:0:0:0/block/sda"), "8:0");
@@ -283,7 +288,7 @@ fn what_vfio_can_not_take_is_refused() {
     fs::remove_dir_all(fake.path("sys/bus/pci/drivers/vfio-pci")).unwrap();
     let error = fake.pci.bind(bdf(NVME), "vfio-pci").unwrap_err();
     assert!(matches!(&error, Error::NotReady { what } if what.ends_with("modprobe vfio-pci")), "{error}");
-    for name in ["", "..", "../nvme", "a/b", "a\nb", &"x".repeat(65)] {
+    for name in ["", "..", "../vfio", "vfio/b", "vfio\nb", "nvme", "igb", &"vfio".repeat(17)] {
         assert!(matches!(fake.pci.bind(bdf(NVME), name), Err(Error::Invalid { .. })), "{name}");
     }
 }
@@ -295,14 +300,15 @@ fn a_device_that_a_program_has_open_is_refused() {
         fake.drive(NVME, Some("vfio-pci"));
         fake.file("proc/4321/comm", "qemu-system-x86\n");
         fake.link("proc/4321/fd/9", node);
-        for result in [fake.pci.unbind(bdf(NVME)), fake.pci.bind(bdf(NVME), "nvme")] {
+        fake.file("sys/bus/pci/drivers/pci-stub/unbind", "");
+        for result in [fake.pci.unbind(bdf(NVME)), fake.pci.bind(bdf(NVME), "pci-stub")] {
             let error = result.unwrap_err();
             assert!(matches!(error, Error::InUse { .. }), "{error:?}");
             let part = format!("the process 4321 (qemu-system-x86) has {} open", fake.path(node).display());
             assert!(error.to_string().contains(&part), "{error}");
         }
         fs::remove_dir_all(fake.path("proc/4321")).unwrap();
-        assert_eq!(fake.pci.bind(bdf(NVME), "nvme").unwrap().steps().len(), 4);
+        assert_eq!(fake.pci.bind(bdf(NVME), "pci-stub").unwrap().steps().len(), 4);
     }
 }
 
@@ -328,6 +334,10 @@ fn obstacles_come_with_a_remedy() {
         fake.drive(NIC1, Some(harmless));
         assert!(obstacles(NIC).ready(), "{harmless}");
     }
+
+    fake.attribute(NIC1, "class", "0x060400\n");
+    assert_eq!(obstacles(NIC1).to_string(), "not for VFIO");
+    assert!(sentences(&obstacles(NIC1).cdev).contains("PCI bridge"));
 
     let low = Memlock { limit: Some(65536), privileged: false };
     let memlock = fake.pci.obstacles_with(&fake.pci.device(bdf(NVME)).unwrap(), low);
@@ -370,7 +380,7 @@ fn a_node_that_may_not_be_opened() {
     let fake = Fake::new();
     fake.drive(NVME, Some("vfio-pci"));
     use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(fake.path("dev/vfio/12"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(fake.path("dev/vfio/12"), fs::Permissions::from_mode(0o000)).unwrap();
     let obstacles = fake.pci.obstacles_with(&fake.pci.device(bdf(NVME)).unwrap(), PLENTY);
     assert!(matches!(obstacles.group[..], [Obstacle::NoPermission { mode: 0, .. }]), "{obstacles:?}");
     assert_eq!(obstacles.to_string(), "ready by cdev");
