@@ -176,8 +176,11 @@ fn write_detail(text: &mut String, pci: &Pci, device: &PciDevice) -> std::fmt::R
     if let Some(physical) = device.physical_function {
         writeln!(text, "  SR-IOV    virtual function of {physical}")?;
     }
-    writeln!(text, "  memory    {}", Memlock::current())?;
     let obstacles = pci.obstacles(device);
+    // Else it is among what is missing.
+    if !obstacles.common().any(|obstacle| matches!(obstacle, Obstacle::Memlock(_))) {
+        writeln!(text, "  memory    {}", Memlock::current())?;
+    }
     let Obstacles { group, cdev } = &obstacles;
     for obstacle in obstacles.common() {
         writeln!(text, "  missing   {obstacle}")?;
