@@ -7,7 +7,7 @@ use std::{io, sync::Arc, time::Duration};
 #[non_exhaustive]
 pub enum Error {
     /// A device address that can't be read.
-    #[error("{text:?} is not a device address: {reason}; write vfio-user:/path/to/socket")]
+    #[error("{text:?} is not a device address: {reason}; write 0000:01:00.0 or vfio-user:/path/to/socket")]
     Address {
         /// The text as given.
         text: String,
@@ -68,6 +68,18 @@ pub enum Error {
     #[error("the device does not support this: {what}")]
     Unsupported {
         /// What was asked for.
+        what: String,
+    },
+    /// A precondition is not met: of the machine, its kernel, or the driver of a device.
+    #[error("{what}")]
+    NotReady {
+        /// What is missing, and how to get it.
+        what: String,
+    },
+    /// Something else is using the device.
+    #[error("{what}")]
+    InUse {
+        /// What uses it, and how to end that.
         what: String,
     },
     /// A caller's argument is out of range.
