@@ -1,5 +1,7 @@
 //! Instructions per I/O of the client side, counted by callgrind; the device is serviced inline and not counted.
 //!
+//! The form "guest" is that of a future per command, as one task of a tokio runtime.
+//!
 //! The program runs itself under `valgrind --tool=callgrind` for each case, with two numbers of I/Os: their difference leaves
 //! the set-up out. Counts are steady, so that what is reached is asserted.
 
@@ -8,12 +10,13 @@ mod common;
 use std::{env, fs, process::Command};
 
 use common::{Floor, Rig, reactor};
+use vfio_uring::reactor::Guest;
 
 const FEW: u64 = 12_800;
 const MANY: u64 = 51_200;
 
 /// Form, queue depth, the bar that is aimed at, and what is held: a change that needs more fails.
-const CASES: [(&str, usize, Option<f64>, f64); 9] = [
+const CASES: [(&str, usize, Option<f64>, f64); 11] = [
     ("floor", 1, None, 120.0),
     ("floor", 32, None, 90.0),
     ("floor", 128, None, 90.0),
@@ -23,6 +26,8 @@ const CASES: [(&str, usize, Option<f64>, f64); 9] = [
     ("stream", 1, Some(300.0), 600.0),
     ("stream", 32, None, 155.0),
     ("stream", 128, Some(140.0), 150.0),
+    ("guest", 1, None, 900.0),
+    ("guest", 128, None, 350.0),
 ];
 /// Bars for the instructions over the floor at depth 128.
 const TAX: [(&str, f64); 2] = [("future", 110.0), ("stream", 45.0)];
@@ -42,7 +47,11 @@ fn main() {
     let mut worse = Vec::new();
     for (case, depth, bar, held) in CASES {
         let total = per_io(case, depth, "*measured*");
-        let submit = if case == "floor" { None } else { Some(per_io(&format!("{case}-split"), depth, "*first_poll*")) };
+        let submit = if matches!(case, "floor" | "guest") {
+            None
+        } else {
+            Some(per_io(&format!("{case}-split"), depth, "*first_poll*"))
+        };
         let column = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.1}"));
         let (complete, bar) = (column(submit.map(|submit| total - submit)), column(bar));
         println!("{case:<8} {depth:>5} {:>10} {complete:>10} {total:>10.1} {bar:>8} {held:>8.1}", column(submit));
@@ -86,6 +95,16 @@ fn count(case: &str, depth: usize, toggle: &str, ios: u64) -> u64 {
 fn run_case(case: &str, depth: usize, ios: u64) {
     match case {
         "floor" => measured(|| Floor::new(depth).run(ios)),
+        "guest" => {
+            let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("tokio");
+            let mut guest = Guest::new().expect("a guest");
+            let run = guest.run(async {
+                let mut rig = Rig::new(depth).await;
+                let _device = vfio_uring::reactor::register_poller(rig.device.clone());
+                common::futures::<false>(&mut rig, ios).await;
+            });
+            measured(|| tokio.block_on(run)).expect("in tokio");
+        }
         _ => {
             let reactor = reactor();
             let mut rig = reactor.block_on(Rig::new(depth));
@@ -102,6 +121,6 @@ fn run_case(case: &str, depth: usize, ios: u64) {
 
 /// What is counted.
 #[inline(never)]
-fn measured(body: impl FnOnce()) {
-    body();
+fn measured<T>(body: impl FnOnce() -> T) -> T {
+    body()
 }
