@@ -4,7 +4,7 @@
 //! A permit is had from the entry of a request until its command is done. With a permit, publishing can't fail: the queue has a
 //! place for each. Without one the request itself waits in the line, so that it goes on also while nobody polls its caller.
 
-#[cfg(loom)]
+#[cfg(vfio_uring_loom)]
 use loom::{
     future::AtomicWaker,
     sync::{
@@ -12,16 +12,16 @@ use loom::{
         atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
 };
-#[cfg(not(loom))]
+#[cfg(not(vfio_uring_loom))]
 use std::sync::{
     Mutex, MutexGuard,
     atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering},
 };
 use std::{collections::BTreeMap, sync::PoisonError, task::Waker};
 
-#[cfg(not(loom))]
+#[cfg(not(vfio_uring_loom))]
 use crossbeam::queue::ArrayQueue;
-#[cfg(not(loom))]
+#[cfg(not(vfio_uring_loom))]
 use futures::task::AtomicWaker;
 
 /// In the place of the number of free permits: somebody is in the line, and gets the next.
@@ -222,9 +222,9 @@ impl<T> Gate<T> {
 
     /// To be called when there is nothing left to do; whether there really is not.
     pub(crate) fn rest(&self, waker: &Waker) -> Rest {
-        #[cfg(not(loom))]
+        #[cfg(not(vfio_uring_loom))]
         self.runner.register(waker);
-        #[cfg(loom)]
+        #[cfg(vfio_uring_loom)]
         self.runner.register_by_ref(waker);
         let before = self.bell.fetch_and(!AWAKE, Ordering::AcqRel);
         if !self.requests.is_empty() || self.woken.iter().any(|word| word.load(Ordering::Relaxed) != 0) {
@@ -245,9 +245,9 @@ impl<T> Gate<T> {
         // Outside of the lock: dropping a request wakes its caller.
         drop(waiting);
         self.drain();
-        #[cfg(not(loom))]
+        #[cfg(not(vfio_uring_loom))]
         drop(self.runner.take());
-        #[cfg(loom)]
+        #[cfg(vfio_uring_loom)]
         drop(self.runner.take_waker());
     }
 
@@ -264,10 +264,10 @@ impl<T> Gate<T> {
 }
 
 /// Crossbeam's queue knows nothing of loom.
-#[cfg(loom)]
+#[cfg(vfio_uring_loom)]
 struct ArrayQueue<T>(Mutex<std::collections::VecDeque<T>>, usize);
 
-#[cfg(loom)]
+#[cfg(vfio_uring_loom)]
 impl<T> ArrayQueue<T> {
     fn new(capacity: usize) -> Self {
         Self(Mutex::new(Default::default()), capacity)
@@ -289,7 +289,7 @@ impl<T> ArrayQueue<T> {
     }
 }
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, vfio_uring_loom))]
 mod loom_tests {
     use std::task::Poll;
 
