@@ -138,7 +138,7 @@ impl Remote {
     fn call(&self, work: Work, lba: u64, buf: Option<DmaBuf>) -> Call {
         let (sender, answer) = oneshot::channel();
         let request = Request { work, lba, buf, sender: Some(sender) };
-        Call { handle: self.0.clone(), request: Some(request), ticket: None, answer }
+        Call { answer, request: Some(request), place: Place { handle: self.0.clone(), ticket: None } }
     }
 }
 
@@ -176,18 +176,23 @@ impl Future for RemoteIo {
 impl fmt::Debug for RemoteIo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let made = self.0.request.is_none();
-        f.debug_struct("RemoteIo").field("made", &made).field("ticket", &self.0.ticket).finish_non_exhaustive()
+        f.debug_struct("RemoteIo").field("made", &made).field("ticket", &self.0.place.ticket).finish_non_exhaustive()
     }
 }
 
 /// A caller's side of a request.
 struct Call {
-    handle: Arc<Handle>,
+    /// Dropped first: what happens to the request of a caller who leaves wakes nobody.
+    answer: oneshot::Receiver<Answer>,
     /// Until the first poll.
     request: Option<Request>,
-    /// The place in the line, from which the request may have gone on meanwhile.
+    place: Place,
+}
+
+/// A place in the line, from which the request may have gone on meanwhile.
+struct Place {
+    handle: Arc<Handle>,
     ticket: Option<Ticket>,
-    answer: oneshot::Receiver<Answer>,
 }
 
 /// How a request ended; with the buffer of a transfer.
@@ -196,18 +201,17 @@ type Answer = (Result<()>, Option<DmaBuf>);
 impl Call {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Answer> {
         if let Some(request) = self.request.take() {
-            self.ticket = self.handle.gate.enter(request);
+            self.place.ticket = self.place.handle.gate.enter(request);
         }
         Pin::new(&mut self.answer).poll(cx).map(|answer| {
-            self.ticket = None;
+            self.place.ticket = None;
             answer.expect("a future is not polled after its end")
         })
     }
 }
 
-impl Drop for Call {
+impl Drop for Place {
     fn drop(&mut self) {
-        self.answer.close();
         if let Some(ticket) = self.ticket.take() {
             drop(self.handle.gate.leave(ticket));
         }

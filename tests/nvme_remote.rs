@@ -1,0 +1,623 @@
+//! The NVMe driver's handle for other threads, on the software controller: requests from many threads and executors to one
+//! reactor, which may end at any time.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    task::{Context, Poll, Wake, Waker},
+    thread::{self, Thread},
+    time::{Duration, Instant},
+};
+
+use futures::{
+    channel::oneshot,
+    executor::block_on,
+    future::{Either, join_all, select},
+};
+use vfio_uring::{
+    device::{Address, Device},
+    dma::{DmaBuf, HugePages, Pool},
+    reactor::{self, Reactor},
+};
+use vfio_uring_models::{
+    nvme::{self, Config, Faults, NamespaceConfig},
+    server::Running,
+};
+use vfio_uring_nvme::{Controller, Error, Options, Remote, RemoteIo, RemoteRunner};
+
+const MIB: u64 = 1 << 20;
+const BLOCK: usize = 4096;
+/// No test takes this long.
+const LIMIT: Duration = Duration::from_secs(100);
+
+fn disk(bytes: u64) -> Config {
+    Config { namespaces: vec![NamespaceConfig::memory(bytes).with_lba_size(BLOCK as u32)], ..Config::default() }
+}
+
+fn with_faults(config: Config, faults: Faults) -> Config {
+    Config { faults, ..config }
+}
+
+/// Commands that read block 64 never complete.
+fn stall() -> Faults {
+    Faults { drop_completion_lba: Some(64), ..Faults::default() }
+}
+
+/// A reactor thread that owns a queue, and runs the handle's runner.
+struct Owner {
+    remote: Remote,
+    pool: Pool,
+    /// Ends the reactor, whatever is under way.
+    quit: oneshot::Sender<()>,
+    /// `Some`: the runner came to its end, and so the controller was shut down.
+    thread: thread::JoinHandle<Option<vfio_uring_nvme::Result<()>>>,
+}
+
+struct Setup {
+    depth: usize,
+    capacity: usize,
+    timeout: Duration,
+    /// What becomes of the runner.
+    run: Box<dyn FnOnce(RemoteRunner) -> Pin<Box<dyn Future<Output = ()>>> + Send>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { depth: 32, capacity: 64, timeout: Duration::from_secs(20), run: Box::new(|runner| Box::pin(runner.run())) }
+    }
+}
+
+impl Setup {
+    fn start(self, server: &Running) -> Owner {
+        let address: Address = server.address().parse().unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let (quit, quitting) = oneshot::channel();
+        let thread = thread::spawn(move || {
+            let reactor = Reactor::new().unwrap();
+            reactor.block_on(async {
+                let device = Device::open(&address).await.unwrap();
+                let options = Options { timeout: self.timeout, ..Options::default() };
+                let controller = Controller::new(&device, options).await.unwrap();
+                let ns = controller.create_queue(self.depth).await.unwrap().namespace(1).unwrap();
+                let (remote, runner) = ns.remote(self.capacity).unwrap();
+                let pool = Pool::new(device.dma(), 16 << 20, HugePages::No).await.unwrap();
+                sender.send((remote, pool)).unwrap();
+                // Only the reactor's end ends this task then.
+                let runner = reactor::spawn((self.run)(runner));
+                match select(runner, quitting).await {
+                    Either::Left(_) => Some(controller.shutdown().await),
+                    Either::Right(_) => None,
+                }
+            })
+        });
+        let (remote, pool) = receiver.recv_timeout(LIMIT).unwrap();
+        Owner { remote, pool, quit, thread }
+    }
+}
+
+/// Runs a test's body; a hang fails it.
+fn bounded(body: impl FnOnce() + Send + 'static) {
+    let (sender, receiver) = mpsc::channel();
+    let body = thread::spawn(move || {
+        body();
+        let _ = sender.send(());
+    });
+    match receiver.recv_timeout(LIMIT) {
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
+        _ => body.join().unwrap(),
+    }
+}
+
+/// Runs threads, and waits for them all.
+fn threads(count: u64, body: impl Fn(u64) + Send + Sync) {
+    thread::scope(|scope| {
+        for i in 0..count {
+            let body = &body;
+            scope.spawn(move || body(i));
+        }
+    });
+}
+
+fn word(seed: u64, i: usize) -> u64 {
+    (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+fn fill(buf: &mut DmaBuf, seed: u64) {
+    buf.as_typed_mut::<u64>().unwrap().iter_mut().enumerate().for_each(|(i, at)| *at = word(seed, i));
+}
+
+fn is_filled(buf: &DmaBuf, seed: u64) -> bool {
+    buf.as_typed::<u64>().unwrap().iter().enumerate().all(|(i, &at)| at == word(seed, i))
+}
+
+fn poll_once(io: &mut RemoteIo) -> Poll<(vfio_uring_nvme::Result<()>, DmaBuf)> {
+    Pin::new(io).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// The runner has come to its end in order, and all memory is back.
+fn ended_in_order(owner: Owner) {
+    let Owner { remote, pool, thread, quit } = owner;
+    drop(remote);
+    thread.join().unwrap().expect("the runner ends with the last handle").unwrap();
+    drop(quit);
+    assert_eq!((pool.stats().free, pool.stats().quarantined), (pool.stats().bytes, 0));
+}
+
+#[test]
+fn eight_threads_of_ten_thousand_verified_ios() {
+    const IOS: u64 = 10_000;
+    const RANGE: u64 = 200;
+    bounded(|| {
+        let server = nvme::spawn(disk(64 * MIB)).unwrap();
+        let owner = Setup::default().start(&server);
+        let ios = AtomicU64::new(0);
+        threads(8, |thread| {
+            let remote = owner.remote.clone();
+            let mut buf = owner.pool.alloc(BLOCK).unwrap();
+            // Each range is written and read back, with another pattern a round.
+            for round in 0..IOS / (2 * RANGE) {
+                let seed = |lba: u64| round * remote.blocks() + lba;
+                for lba in thread * RANGE..(thread + 1) * RANGE {
+                    fill(&mut buf, seed(lba));
+                    let (result, back) = block_on(remote.write(lba, buf));
+                    result.unwrap();
+                    buf = back;
+                }
+                for lba in thread * RANGE..(thread + 1) * RANGE {
+                    buf.fill(0);
+                    let (result, back) = block_on(remote.read(lba, buf));
+                    result.unwrap();
+                    assert!(is_filled(&back, seed(lba)), "block {lba} in round {round}");
+                    buf = back;
+                }
+                ios.fetch_add(2 * RANGE, Ordering::Relaxed);
+            }
+        });
+        assert_eq!(ios.into_inner(), 8 * IOS);
+        ended_in_order(owner);
+    });
+}
+
+#[test]
+fn a_hundred_tasks_of_a_multi_thread_tokio_runtime() {
+    bounded(|| {
+        let server = nvme::spawn(disk(64 * MIB)).unwrap();
+        let owner = Setup { capacity: 32, ..Setup::default() }.start(&server);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(3).build().unwrap();
+        runtime.block_on(async {
+            let tasks: Vec<_> = (0..100)
+                .map(|task| {
+                    let (remote, mut buf) = (owner.remote.clone(), owner.pool.alloc(BLOCK).unwrap());
+                    tokio::spawn(async move {
+                        for round in 0..50 {
+                            let lba = task * 50 + round;
+                            fill(&mut buf, lba);
+                            let (result, mut back) = remote.write(lba, buf).await;
+                            result.unwrap();
+                            back.fill(0);
+                            let (result, back) = remote.read(lba, back).await;
+                            result.unwrap();
+                            assert!(is_filled(&back, lba));
+                            buf = back;
+                        }
+                        remote.flush().await.unwrap();
+                    })
+                })
+                .collect();
+            for task in tasks {
+                task.await.unwrap();
+            }
+        });
+        ended_in_order(owner);
+    });
+}
+
+#[test]
+fn wrong_requests_and_errors_of_the_controller_come_back() {
+    bounded(|| {
+        let server = nvme::spawn(with_faults(disk(16 * MIB), Faults { error_lba: Some(8), ..Faults::default() })).unwrap();
+        let owner = Setup::default().start(&server);
+        let (remote, pool) = (&owner.remote, &owner.pool);
+        assert_eq!((remote.blocks(), remote.block_size()), (16 * MIB / BLOCK as u64, BLOCK));
+        assert_eq!((remote.capacity(), remote.available()), (64, 64));
+        let (result, buf) = block_on(remote.read(8, pool.alloc(BLOCK).unwrap()));
+        assert!(matches!(result, Err(Error::Status(_))) && buf.len() == BLOCK, "{result:?}");
+        drop(buf);
+        let (result, buf) = block_on(remote.write(0, pool.alloc(100).unwrap()));
+        assert!(result.unwrap_err().to_string().contains("multiple of the block size") && buf.len() == 100);
+        let (result, _) = block_on(remote.read(remote.blocks(), pool.alloc(BLOCK).unwrap()));
+        assert!(result.unwrap_err().to_string().contains("beyond the namespace's end"));
+        drop(buf);
+        // More than one command carries.
+        let mut large = pool.alloc(4 << 20).unwrap();
+        fill(&mut large, 7);
+        let (result, mut large) = block_on(remote.write(100, large));
+        result.unwrap();
+        large.fill(0);
+        block_on(remote.flush()).unwrap();
+        let (result, large) = block_on(remote.read(100, large));
+        result.unwrap();
+        assert!(is_filled(&large, 7));
+        drop(large);
+        ended_in_order(owner);
+    });
+}
+
+/// Calls `each` when it is woken.
+struct OnWake<F>(F);
+
+impl<F: Fn() + Send + Sync> Wake for OnWake<F> {
+    fn wake(self: Arc<Self>) {
+        (self.0)();
+    }
+}
+
+#[test]
+fn callers_are_served_in_order() {
+    const CALLERS: usize = 200;
+    bounded(|| {
+        for capacity in [1, 2] {
+            let server = nvme::spawn(disk(16 * MIB)).unwrap();
+            let owner = Setup { capacity, ..Setup::default() }.start(&server);
+            let served = Arc::new(Mutex::new(Vec::new()));
+            let mut waiting = Vec::new();
+            for caller in 0..CALLERS {
+                let on_wake = {
+                    let served = served.clone();
+                    Waker::from(Arc::new(OnWake(move || served.lock().unwrap().push(caller))))
+                };
+                let mut io = owner.remote.read(caller as u64, owner.pool.alloc(BLOCK).unwrap());
+                match Pin::new(&mut io).poll(&mut Context::from_waker(&on_wake)) {
+                    Poll::Ready((result, _)) => {
+                        result.unwrap();
+                        on_wake.wake();
+                    }
+                    // Who leaves the line, or its request, is in nobody's way.
+                    Poll::Pending if caller % 3 == 2 => drop(io),
+                    Poll::Pending => waiting.push((caller, io)),
+                }
+            }
+            let callers: Vec<usize> = waiting.iter().map(|(caller, _)| *caller).collect();
+            wait_until(|| callers.iter().all(|caller| served.lock().unwrap().contains(caller)));
+            for (_, mut io) in waiting {
+                assert!(matches!(poll_once(&mut io), Poll::Ready((Ok(()), _))));
+            }
+            let served = served.lock().unwrap();
+            // When somebody is served, only those with the other permits may be left of those before.
+            let mut left: Vec<_> = served.clone();
+            left.sort_unstable();
+            for caller in served.iter() {
+                let before = left.iter().position(|other| other == caller).unwrap();
+                assert!(before < capacity, "caller {caller} was served before {before} others: {served:?}");
+                left.remove(before);
+            }
+            drop(served);
+            ended_in_order(owner);
+        }
+    });
+}
+
+/// With two requests that don't end, nobody else gets on, though the device would serve them; the rest is up to the timeout.
+#[test]
+fn at_most_capacity_requests_are_under_way() {
+    bounded(|| {
+        let server = nvme::spawn(with_faults(disk(16 * MIB), stall())).unwrap();
+        let owner = Setup { capacity: 2, timeout: Duration::from_secs(2), ..Setup::default() }.start(&server);
+        let read = |lba| owner.remote.read(lba, owner.pool.alloc(BLOCK).unwrap());
+        let mut stuck = [read(64), read(64)];
+        let mut others: Vec<_> = (0..10).map(read).collect();
+        assert!(stuck.iter_mut().chain(&mut others).all(|io| poll_once(io).is_pending()));
+        assert_eq!(owner.remote.available(), 0);
+        thread::sleep(Duration::from_millis(300));
+        assert!(others.iter_mut().all(|io| poll_once(io).is_pending()), "they wait for a permit");
+        // Those who leave give no permit back that they don't have.
+        drop(others.split_off(5));
+        assert_eq!(owner.remote.available(), 0);
+        for (i, (result, buf)) in block_on(join_all(stuck.into_iter().chain(others))).into_iter().enumerate() {
+            assert!(matches!(result, Err(Error::Ended(_))), "{result:?}");
+            assert_eq!(buf.is_empty(), i < 2, "only what was under way stays with the controller");
+        }
+        assert_eq!(owner.remote.available(), 2);
+        ended_in_order(owner);
+    });
+}
+
+#[test]
+fn a_handle_dropped_with_commands_in_flight() {
+    bounded(|| {
+        let server = nvme::spawn(disk(16 * MIB)).unwrap();
+        for keep in [true, false] {
+            let Owner { remote, pool, quit, thread } = Setup { capacity: 8, ..Setup::default() }.start(&server);
+            let mut ios: Vec<_> = (0..30).map(|lba| remote.read(lba, pool.alloc(BLOCK).unwrap())).collect();
+            ios.retain_mut(|io| poll_once(io).is_pending());
+            drop(remote);
+            if keep {
+                // Its futures keep the runner running.
+                block_on(join_all(ios)).into_iter().for_each(|(result, _)| result.unwrap());
+            } else {
+                // What nobody waits for is skipped, or runs to its end.
+                drop(ios);
+            }
+            thread.join().unwrap().expect("the runner ends with the last future").unwrap();
+            drop(quit);
+            assert_eq!((pool.stats().free, pool.stats().quarantined), (pool.stats().bytes, 0));
+        }
+    });
+}
+
+#[test]
+fn a_runner_that_never_runs_answers() {
+    bounded(|| {
+        let server = nvme::spawn(disk(16 * MIB)).unwrap();
+        let owner =
+            Setup { capacity: 2, run: Box::new(|runner| Box::pin(never(runner))), ..Setup::default() }.start(&server);
+        let Owner { remote, pool, quit, thread } = owner;
+        let mut ios: Vec<_> = (0..6).map(|lba| remote.read(lba, pool.alloc(BLOCK).unwrap())).collect();
+        assert!(ios.iter_mut().all(|io| poll_once(io).is_pending()));
+        drop(quit);
+        for (result, buf) in block_on(join_all(ios)) {
+            assert!(matches!(result, Err(Error::NoRunner)) && buf.len() == BLOCK, "{result:?}");
+        }
+        assert!(thread.join().unwrap().is_none());
+        let (result, _) = block_on(remote.write(0, pool.alloc(BLOCK).unwrap()));
+        assert!(result.unwrap_err().to_string().contains("runner of the remote handle is gone"));
+        assert!(matches!(block_on(remote.flush()), Err(Error::NoRunner)));
+    });
+}
+
+async fn never(runner: RemoteRunner) {
+    std::future::pending::<()>().await;
+    drop(runner);
+}
+
+/// Callers in every stage when the reactor goes: in the line, queued, under way. What the controller may still write stays away
+/// from everybody.
+#[test]
+fn a_reactor_that_ends_before_its_handles() {
+    bounded(|| {
+        let server = nvme::spawn(with_faults(disk(16 * MIB), stall())).unwrap();
+        let owner = Setup { depth: 4, capacity: 8, ..Setup::default() }.start(&server);
+        let Owner { remote, pool, quit, thread } = owner;
+        let waiting = AtomicU64::new(0);
+        thread::scope(|scope| {
+            let callers: Vec<_> = (0..16)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut io = remote.read(64, pool.alloc(BLOCK).unwrap());
+                        assert!(poll_once(&mut io).is_pending());
+                        waiting.fetch_add(1, Ordering::AcqRel);
+                        block_on(io)
+                    })
+                })
+                .collect();
+            wait_until(|| waiting.load(Ordering::Acquire) == 16);
+            // Most of the time, four are under way by now.
+            thread::sleep(Duration::from_millis(100));
+            drop(quit);
+            let mut kept = 0;
+            for caller in callers {
+                let (result, buf) = caller.join().unwrap();
+                assert!(matches!(result, Err(Error::NoRunner)), "{result:?}");
+                kept += u64::from(buf.is_empty());
+            }
+            assert!(thread.join().unwrap().is_none());
+            assert!(kept <= 4, "{kept} can't have been under way");
+            let stats = pool.stats();
+            assert_eq!((stats.quarantined, stats.free), (kept * BLOCK as u64, stats.bytes - kept * BLOCK as u64));
+        });
+        let (result, buf) = block_on(remote.read(0, pool.alloc(BLOCK).unwrap()));
+        assert!(matches!(result, Err(Error::NoRunner)) && buf.len() == BLOCK);
+    });
+}
+
+/// The same under load, at any moment.
+#[test]
+fn a_reactor_that_ends_under_load() {
+    bounded(|| {
+        let server = nvme::spawn(disk(16 * MIB)).unwrap();
+        let mut rng = fastrand::Rng::with_seed(seed());
+        for round in 0..30 {
+            let Owner { remote, pool, quit, thread } = Setup { depth: 4, capacity: 8, ..Setup::default() }.start(&server);
+            let after = Duration::from_micros(rng.u64(0..3000));
+            thread::scope(|scope| {
+                for caller in 0..12 {
+                    let (remote, pool) = (&remote, &pool);
+                    scope.spawn(move || {
+                        let mut buf = pool.alloc(if caller == 0 { 1 << 20 } else { BLOCK }).unwrap();
+                        loop {
+                            let (result, back) = block_on(remote.read(caller, buf));
+                            match result {
+                                Ok(()) => buf = back,
+                                Err(Error::NoRunner) => return,
+                                Err(error) => panic!("round {round}: {error}"),
+                            }
+                        }
+                    });
+                }
+                thread::sleep(after);
+                drop(quit);
+            });
+            assert!(thread.join().unwrap().is_none());
+            let stats = pool.stats();
+            assert!(stats.free + stats.quarantined == stats.bytes, "{stats:?}");
+        }
+    });
+}
+
+#[test]
+fn a_server_killed_under_load() {
+    bounded(|| {
+        let server = nvme::spawn(disk(16 * MIB)).unwrap();
+        let Owner { remote, pool, quit, thread } = Setup { capacity: 8, ..Setup::default() }.start(&server);
+        let killer = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            server.stop().unwrap();
+        });
+        threads(16, |caller| {
+            let mut buf = pool.alloc(if caller == 0 { 1 << 20 } else { BLOCK }).unwrap();
+            loop {
+                let (result, back) = block_on(remote.read(caller, buf));
+                buf = back;
+                if let Err(error) = result {
+                    assert!(matches!(error, Error::Ended(_)), "{error}");
+                    break;
+                }
+            }
+            // Later ones fail at once, with their buffer.
+            let (result, buf) = block_on(remote.read(caller, pool.alloc(BLOCK).unwrap()));
+            assert!(matches!(result, Err(Error::Ended(_))) && buf.len() == BLOCK);
+        });
+        killer.join().unwrap();
+        drop(remote);
+        assert!(thread.join().unwrap().expect("the runner ends with the last handle").is_err());
+        drop(quit);
+    });
+}
+
+// A seeded storm over every stage of a command's life.
+
+/// `VFIO_URING_SEED` repeats a run.
+fn seed() -> u64 {
+    let seed = std::env::var("VFIO_URING_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    println!("VFIO_URING_SEED={seed}");
+    seed
+}
+
+/// Wakers of callers and of the runner that others wake at any time: before, during and long after what they wait for.
+#[derive(Clone, Default)]
+struct Nuisance {
+    wakers: Arc<Mutex<Vec<Waker>>>,
+    over: Arc<AtomicBool>,
+}
+
+impl Nuisance {
+    fn add(&self, rng: &mut fastrand::Rng, waker: &Waker) {
+        let mut wakers = self.wakers.lock().unwrap();
+        if wakers.len() < 64 {
+            wakers.push(waker.clone());
+        } else {
+            wakers[rng.usize(0..64)] = waker.clone();
+        }
+    }
+
+    fn run(&self, mut rng: fastrand::Rng) {
+        while !self.over.load(Ordering::Relaxed) {
+            let waker = rng.choice(&*self.wakers.lock().unwrap()).cloned();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+            pause(&mut rng);
+        }
+    }
+}
+
+/// Nothing, some steps, the rest of a time slice, or some time.
+fn pause(rng: &mut fastrand::Rng) {
+    match rng.u32(0..16) {
+        0..8 => {}
+        8..13 => (0..rng.u32(0..2000)).for_each(|_| std::hint::spin_loop()),
+        13..15 => thread::yield_now(),
+        _ => thread::sleep(Duration::from_micros(rng.u64(0..100))),
+    }
+}
+
+/// Tells a waker's own wake from those of others.
+struct Flag(AtomicBool, Thread);
+
+impl Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Release);
+        self.1.unpark();
+    }
+}
+
+/// Polls with another waker each time, now and then without being woken, and possibly not to the end.
+fn drive(mut io: RemoteIo, rng: &mut fastrand::Rng, nuisance: &Nuisance) -> Option<(vfio_uring_nvme::Result<()>, DmaBuf)> {
+    let (start, mut drop_after) = (Instant::now(), rng.bool().then(|| rng.u32(0..4)));
+    loop {
+        if drop_after == Some(0) {
+            return None;
+        }
+        drop_after = drop_after.map(|polls| polls - 1);
+        let flag = Arc::new(Flag(AtomicBool::new(false), thread::current()));
+        let waker = Waker::from(flag.clone());
+        if rng.u32(0..8) == 0 {
+            nuisance.add(rng, &waker);
+        }
+        if let Poll::Ready(output) = Pin::new(&mut io).poll(&mut Context::from_waker(&waker)) {
+            return Some(output);
+        }
+        pause(rng);
+        // Only the last waker counts. A poll without a wake is one too many, which does no harm.
+        let patient = drop_after.is_none() && rng.u32(0..4) != 0;
+        while patient && !flag.0.load(Ordering::Acquire) {
+            thread::park_timeout(Duration::from_secs(1));
+            assert!(start.elapsed() < LIMIT / 2, "a wake was lost");
+        }
+    }
+}
+
+#[test]
+fn foreign_wakes_at_every_stage() {
+    const THREADS: u64 = 4;
+    const ROUNDS: u64 = 4000;
+    bounded(|| {
+        let server = nvme::spawn(disk(64 * MIB)).unwrap();
+        let (seed, nuisance) = (seed(), Nuisance::default());
+        let runners = nuisance.clone();
+        let run = move |runner: RemoteRunner| -> Pin<Box<dyn Future<Output = ()>>> {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            Box::pin(async move {
+                let mut run = pin!(runner.run());
+                poll_fn(|cx| {
+                    if rng.u32(0..8) == 0 {
+                        runners.add(&mut rng, cx.waker());
+                    }
+                    run.as_mut().poll(cx)
+                })
+                .await;
+            })
+        };
+        // Fewer permits than callers, and fewer slots than permits.
+        let owner = Setup { depth: 2, capacity: 3, run: Box::new(run), ..Setup::default() }.start(&server);
+        let ends = [const { AtomicU64::new(0) }; 2];
+        thread::scope(|scope| {
+            let storm = scope.spawn(|| nuisance.run(fastrand::Rng::with_seed(seed ^ 0xffff)));
+            threads(THREADS, |thread| {
+                let mut rng = fastrand::Rng::with_seed(seed << 8 | thread);
+                for round in 0..ROUNDS {
+                    let lba = thread * ROUNDS + round % 1000;
+                    let mut buf = owner.pool.alloc(BLOCK).unwrap();
+                    fill(&mut buf, round);
+                    // A dropped one may or may not be executed, at any later time: its block is used again 1000 rounds later.
+                    let written = drive(owner.remote.write(lba, buf), &mut rng, &nuisance);
+                    ends[usize::from(written.is_some())].fetch_add(1, Ordering::Relaxed);
+                    let Some((result, buf)) = written else { continue };
+                    result.unwrap();
+                    let Some((result, buf)) = drive(owner.remote.read(lba, buf), &mut rng, &nuisance) else { continue };
+                    result.unwrap();
+                    assert!(is_filled(&buf, round), "seed {seed}, thread {thread}, round {round}");
+                }
+            });
+            nuisance.over.store(true, Ordering::Relaxed);
+            storm.join().unwrap();
+        });
+        let [dropped, done] = ends.map(AtomicU64::into_inner);
+        assert!(dropped > ROUNDS && done > ROUNDS, "{dropped} dropped, {done} done");
+        ended_in_order(owner);
+    });
+}
+
+/// Looks until it is so.
+fn wait_until(so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !so() {
+        assert!(start.elapsed() < LIMIT / 2, "it does not come");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
