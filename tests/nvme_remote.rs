@@ -1,152 +1,23 @@
-//! The NVMe driver's handle for other threads, on the software controller: requests from many threads and executors to one
-//! reactor, which may end at any time.
+//! The NVMe driver's handle for other threads, on the software controller: many callers and executors, errors, order and bound, and
+//! everything that may end before its callers.
 
 use std::{
-    future::{Future, poll_fn},
-    pin::{Pin, pin},
+    pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc,
+        atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
-    thread::{self, Thread},
-    time::{Duration, Instant},
+    thread,
+    time::Duration,
 };
 
-use futures::{
-    channel::oneshot,
-    executor::block_on,
-    future::{Either, join_all, select},
-};
-use vfio_uring::{
-    device::{Address, Device},
-    dma::{DmaBuf, HugePages, Pool},
-    reactor::{self, Reactor},
-};
-use vfio_uring_models::{
-    nvme::{self, Config, Faults, NamespaceConfig},
-    server::Running,
-};
-use vfio_uring_nvme::{Controller, Error, Options, Remote, RemoteIo, RemoteRunner};
+use futures::{executor::block_on, future::join_all};
+use vfio_uring_models::nvme::{self, Faults};
+use vfio_uring_nvme::{Error, RemoteRunner};
 
-const MIB: u64 = 1 << 20;
-const BLOCK: usize = 4096;
-/// No test takes this long.
-const LIMIT: Duration = Duration::from_secs(100);
-
-fn disk(bytes: u64) -> Config {
-    Config { namespaces: vec![NamespaceConfig::memory(bytes).with_lba_size(BLOCK as u32)], ..Config::default() }
-}
-
-fn with_faults(config: Config, faults: Faults) -> Config {
-    Config { faults, ..config }
-}
-
-/// Commands that read block 64 never complete.
-fn stall() -> Faults {
-    Faults { drop_completion_lba: Some(64), ..Faults::default() }
-}
-
-/// A reactor thread that owns a queue, and runs the handle's runner.
-struct Owner {
-    remote: Remote,
-    pool: Pool,
-    /// Ends the reactor, whatever is under way.
-    quit: oneshot::Sender<()>,
-    /// `Some`: the runner came to its end, and so the controller was shut down.
-    thread: thread::JoinHandle<Option<vfio_uring_nvme::Result<()>>>,
-}
-
-struct Setup {
-    depth: usize,
-    capacity: usize,
-    timeout: Duration,
-    /// What becomes of the runner.
-    run: Box<dyn FnOnce(RemoteRunner) -> Pin<Box<dyn Future<Output = ()>>> + Send>,
-}
-
-impl Default for Setup {
-    fn default() -> Self {
-        Self { depth: 32, capacity: 64, timeout: Duration::from_secs(20), run: Box::new(|runner| Box::pin(runner.run())) }
-    }
-}
-
-impl Setup {
-    fn start(self, server: &Running) -> Owner {
-        let address: Address = server.address().parse().unwrap();
-        let (sender, receiver) = mpsc::channel();
-        let (quit, quitting) = oneshot::channel();
-        let thread = thread::spawn(move || {
-            let reactor = Reactor::new().unwrap();
-            reactor.block_on(async {
-                let device = Device::open(&address).await.unwrap();
-                let options = Options { timeout: self.timeout, ..Options::default() };
-                let controller = Controller::new(&device, options).await.unwrap();
-                let ns = controller.create_queue(self.depth).await.unwrap().namespace(1).unwrap();
-                let (remote, runner) = ns.remote(self.capacity).unwrap();
-                let pool = Pool::new(device.dma(), 16 << 20, HugePages::No).await.unwrap();
-                sender.send((remote, pool)).unwrap();
-                // Only the reactor's end ends this task then.
-                let runner = reactor::spawn((self.run)(runner));
-                match select(runner, quitting).await {
-                    Either::Left(_) => Some(controller.shutdown().await),
-                    Either::Right(_) => None,
-                }
-            })
-        });
-        let (remote, pool) = receiver.recv_timeout(LIMIT).unwrap();
-        Owner { remote, pool, quit, thread }
-    }
-}
-
-/// Runs a test's body; a hang fails it.
-fn bounded(body: impl FnOnce() + Send + 'static) {
-    let (sender, receiver) = mpsc::channel();
-    let body = thread::spawn(move || {
-        body();
-        let _ = sender.send(());
-    });
-    match receiver.recv_timeout(LIMIT) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
-        _ => body.join().unwrap(),
-    }
-}
-
-/// Runs threads, and waits for them all.
-fn threads(count: u64, body: impl Fn(u64) + Send + Sync) {
-    thread::scope(|scope| {
-        for i in 0..count {
-            let body = &body;
-            scope.spawn(move || body(i));
-        }
-    });
-}
-
-fn word(seed: u64, i: usize) -> u64 {
-    (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-}
-
-fn fill(buf: &mut DmaBuf, seed: u64) {
-    buf.as_typed_mut::<u64>().unwrap().iter_mut().enumerate().for_each(|(i, at)| *at = word(seed, i));
-}
-
-fn is_filled(buf: &DmaBuf, seed: u64) -> bool {
-    buf.as_typed::<u64>().unwrap().iter().enumerate().all(|(i, &at)| at == word(seed, i))
-}
-
-fn poll_once(io: &mut RemoteIo) -> Poll<(vfio_uring_nvme::Result<()>, DmaBuf)> {
-    Pin::new(io).poll(&mut Context::from_waker(Waker::noop()))
-}
-
-/// The runner has come to its end in order, and all memory is back.
-fn ended_in_order(owner: Owner) {
-    let Owner { remote, pool, thread, quit } = owner;
-    drop(remote);
-    thread.join().unwrap().expect("the runner ends with the last handle").unwrap();
-    drop(quit);
-    assert_eq!((pool.stats().free, pool.stats().quarantined), (pool.stats().bytes, 0));
-}
+mod remote;
+use remote::*;
 
 #[test]
 fn eight_threads_of_ten_thousand_verified_ios() {
@@ -415,40 +286,6 @@ fn a_reactor_that_ends_before_its_handles() {
     });
 }
 
-/// The same under load, at any moment.
-#[test]
-fn a_reactor_that_ends_under_load() {
-    bounded(|| {
-        let server = nvme::spawn(disk(16 * MIB)).unwrap();
-        let mut rng = fastrand::Rng::with_seed(seed());
-        for round in 0..30 {
-            let Owner { remote, pool, quit, thread } = Setup { depth: 4, capacity: 8, ..Setup::default() }.start(&server);
-            let after = Duration::from_micros(rng.u64(0..3000));
-            thread::scope(|scope| {
-                for caller in 0..12 {
-                    let (remote, pool) = (&remote, &pool);
-                    scope.spawn(move || {
-                        let mut buf = pool.alloc(if caller == 0 { 1 << 20 } else { BLOCK }).unwrap();
-                        loop {
-                            let (result, back) = block_on(remote.read(caller, buf));
-                            match result {
-                                Ok(()) => buf = back,
-                                Err(Error::NoRunner) => return,
-                                Err(error) => panic!("round {round}: {error}"),
-                            }
-                        }
-                    });
-                }
-                thread::sleep(after);
-                drop(quit);
-            });
-            assert!(thread.join().unwrap().is_none());
-            let stats = pool.stats();
-            assert!(stats.free + stats.quarantined == stats.bytes, "{stats:?}");
-        }
-    });
-}
-
 #[test]
 fn a_server_killed_under_load() {
     bounded(|| {
@@ -477,147 +314,4 @@ fn a_server_killed_under_load() {
         assert!(thread.join().unwrap().expect("the runner ends with the last handle").is_err());
         drop(quit);
     });
-}
-
-// A seeded storm over every stage of a command's life.
-
-/// `VFIO_URING_SEED` repeats a run.
-fn seed() -> u64 {
-    let seed = std::env::var("VFIO_URING_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    println!("VFIO_URING_SEED={seed}");
-    seed
-}
-
-/// Wakers of callers and of the runner that others wake at any time: before, during and long after what they wait for.
-#[derive(Clone, Default)]
-struct Nuisance {
-    wakers: Arc<Mutex<Vec<Waker>>>,
-    over: Arc<AtomicBool>,
-}
-
-impl Nuisance {
-    fn add(&self, rng: &mut fastrand::Rng, waker: &Waker) {
-        let mut wakers = self.wakers.lock().unwrap();
-        if wakers.len() < 64 {
-            wakers.push(waker.clone());
-        } else {
-            wakers[rng.usize(0..64)] = waker.clone();
-        }
-    }
-
-    fn run(&self, mut rng: fastrand::Rng) {
-        while !self.over.load(Ordering::Relaxed) {
-            let waker = rng.choice(&*self.wakers.lock().unwrap()).cloned();
-            if let Some(waker) = waker {
-                waker.wake();
-            }
-            pause(&mut rng);
-        }
-    }
-}
-
-/// Nothing, some steps, the rest of a time slice, or some time.
-fn pause(rng: &mut fastrand::Rng) {
-    match rng.u32(0..16) {
-        0..8 => {}
-        8..13 => (0..rng.u32(0..2000)).for_each(|_| std::hint::spin_loop()),
-        13..15 => thread::yield_now(),
-        _ => thread::sleep(Duration::from_micros(rng.u64(0..100))),
-    }
-}
-
-/// Tells a waker's own wake from those of others.
-struct Flag(AtomicBool, Thread);
-
-impl Wake for Flag {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::Release);
-        self.1.unpark();
-    }
-}
-
-/// Polls with another waker each time, now and then without being woken, and possibly not to the end.
-fn drive(mut io: RemoteIo, rng: &mut fastrand::Rng, nuisance: &Nuisance) -> Option<(vfio_uring_nvme::Result<()>, DmaBuf)> {
-    let (start, mut drop_after) = (Instant::now(), rng.bool().then(|| rng.u32(0..4)));
-    loop {
-        if drop_after == Some(0) {
-            return None;
-        }
-        drop_after = drop_after.map(|polls| polls - 1);
-        let flag = Arc::new(Flag(AtomicBool::new(false), thread::current()));
-        let waker = Waker::from(flag.clone());
-        if rng.u32(0..8) == 0 {
-            nuisance.add(rng, &waker);
-        }
-        if let Poll::Ready(output) = Pin::new(&mut io).poll(&mut Context::from_waker(&waker)) {
-            return Some(output);
-        }
-        pause(rng);
-        // Only the last waker counts. A poll without a wake is one too many, which does no harm.
-        let patient = drop_after.is_none() && rng.u32(0..4) != 0;
-        while patient && !flag.0.load(Ordering::Acquire) {
-            thread::park_timeout(Duration::from_secs(1));
-            assert!(start.elapsed() < LIMIT / 2, "a wake was lost");
-        }
-    }
-}
-
-#[test]
-fn foreign_wakes_at_every_stage() {
-    const THREADS: u64 = 4;
-    const ROUNDS: u64 = 4000;
-    bounded(|| {
-        let server = nvme::spawn(disk(64 * MIB)).unwrap();
-        let (seed, nuisance) = (seed(), Nuisance::default());
-        let runners = nuisance.clone();
-        let run = move |runner: RemoteRunner| -> Pin<Box<dyn Future<Output = ()>>> {
-            let mut rng = fastrand::Rng::with_seed(seed);
-            Box::pin(async move {
-                let mut run = pin!(runner.run());
-                poll_fn(|cx| {
-                    if rng.u32(0..8) == 0 {
-                        runners.add(&mut rng, cx.waker());
-                    }
-                    run.as_mut().poll(cx)
-                })
-                .await;
-            })
-        };
-        // Fewer permits than callers, and fewer slots than permits.
-        let owner = Setup { depth: 2, capacity: 3, run: Box::new(run), ..Setup::default() }.start(&server);
-        let ends = [const { AtomicU64::new(0) }; 2];
-        thread::scope(|scope| {
-            let storm = scope.spawn(|| nuisance.run(fastrand::Rng::with_seed(seed ^ 0xffff)));
-            threads(THREADS, |thread| {
-                let mut rng = fastrand::Rng::with_seed(seed << 8 | thread);
-                for round in 0..ROUNDS {
-                    let lba = thread * ROUNDS + round % 1000;
-                    let mut buf = owner.pool.alloc(BLOCK).unwrap();
-                    fill(&mut buf, round);
-                    // A dropped one may or may not be executed, at any later time: its block is used again 1000 rounds later.
-                    let written = drive(owner.remote.write(lba, buf), &mut rng, &nuisance);
-                    ends[usize::from(written.is_some())].fetch_add(1, Ordering::Relaxed);
-                    let Some((result, buf)) = written else { continue };
-                    result.unwrap();
-                    let Some((result, buf)) = drive(owner.remote.read(lba, buf), &mut rng, &nuisance) else { continue };
-                    result.unwrap();
-                    assert!(is_filled(&buf, round), "seed {seed}, thread {thread}, round {round}");
-                }
-            });
-            nuisance.over.store(true, Ordering::Relaxed);
-            storm.join().unwrap();
-        });
-        let [dropped, done] = ends.map(AtomicU64::into_inner);
-        assert!(dropped > ROUNDS && done > ROUNDS, "{dropped} dropped, {done} done");
-        ended_in_order(owner);
-    });
-}
-
-/// Looks until it is so.
-fn wait_until(so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < LIMIT / 2, "it does not come");
-        thread::sleep(Duration::from_millis(1));
-    }
 }
