@@ -67,7 +67,8 @@ async fn task(number: u64, remote: Remote, mut buf: DmaBuf) -> Result<(u64, Dura
     Ok((verified, longest))
 }
 
-fn serve(address: Address) -> Result<(), Failure> {
+/// The service, and what it says of itself.
+pub fn serve(address: Address) -> Result<(), Failure> {
     let (ready, receiver) = mpsc::channel();
     let owner = thread::spawn(move || own(&address, &ready));
     let Ok((model, remote, pool)) = receiver.recv() else {
