@@ -103,9 +103,19 @@ fn drive(mut io: RemoteIo, rng: &mut fastrand::Rng, nuisance: &Nuisance) -> Opti
 
 #[test]
 fn foreign_wakes_at_every_stage() {
+    storm(true);
+}
+
+/// Without the wakes of others: they would make up for one that is lost.
+#[test]
+fn no_wake_is_lost_at_any_stage() {
+    storm(false);
+}
+
+fn storm(with_nuisance: bool) {
     const THREADS: u64 = 4;
     const ROUNDS: u64 = 4000;
-    bounded(|| {
+    bounded(move || {
         let server = nvme::spawn(disk(64 * MIB)).unwrap();
         let (seed, nuisance) = (seed(), Nuisance::default());
         let runners = nuisance.clone();
@@ -126,7 +136,7 @@ fn foreign_wakes_at_every_stage() {
         let owner = Setup { depth: 2, capacity: 3, run: Box::new(run), ..Setup::default() }.start(&server);
         let ends = [const { AtomicU64::new(0) }; 2];
         thread::scope(|scope| {
-            let storm = scope.spawn(|| nuisance.run(fastrand::Rng::with_seed(seed ^ 0xffff)));
+            let storm = with_nuisance.then(|| scope.spawn(|| nuisance.run(fastrand::Rng::with_seed(seed ^ 0xffff))));
             threads(THREADS, |thread| {
                 let mut rng = fastrand::Rng::with_seed(seed << 8 | thread);
                 for round in 0..ROUNDS {
@@ -144,7 +154,7 @@ fn foreign_wakes_at_every_stage() {
                 }
             });
             nuisance.over.store(true, Ordering::Relaxed);
-            storm.join().unwrap();
+            storm.into_iter().for_each(|storm| storm.join().unwrap());
         });
         let [dropped, done] = ends.map(AtomicU64::into_inner);
         assert!(dropped > ROUNDS && done > ROUNDS, "{dropped} dropped, {done} done");
