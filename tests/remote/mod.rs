@@ -28,7 +28,7 @@ use vfio_uring_nvme::{Controller, Options, Remote, RemoteIo, RemoteRunner, Resul
 pub const MIB: u64 = 1 << 20;
 pub const BLOCK: usize = 4096;
 /// No test takes this long.
-pub const LIMIT: Duration = Duration::from_secs(100);
+pub const LIMIT: Duration = Duration::from_secs(240);
 
 pub fn disk(bytes: u64) -> Config {
     Config { namespaces: vec![NamespaceConfig::memory(bytes).with_lba_size(BLOCK as u32)], ..Config::default() }
