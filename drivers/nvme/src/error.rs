@@ -23,9 +23,19 @@ pub enum Error {
     /// The queue has no free slot: take completions first.
     #[error("all {0} slots of the queue are in use")]
     Full(u32),
+    /// The runner of a [`Remote`](crate::Remote) is gone: it was dropped, or its reactor was.
+    #[error(
+        "the runner of the remote handle is gone, or the reactor that owned the queue: keep both until the last handle's end"
+    )]
+    NoRunner,
 }
 
 const _: () = assert!(size_of::<Error>() == 16);
+// Results go back to other threads.
+const _: fn() = || {
+    fn is_send<T: Send + Sync>() {}
+    is_send::<Error>();
+};
 
 /// What a controller did wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -71,9 +71,8 @@ impl Large {
     pub(crate) fn poll(&mut self, ns: &Namespace, cx: &Context<'_>) -> Poll<(Result<()>, DmaBuf)> {
         let queue = &*ns.queue;
         if queue.dead.get() {
-            let buf = if self.parent.outstanding.get() == 0 { self.parent.buf.take() } else { None };
             self.leave(ns);
-            return Poll::Ready((Err(queue.end_error()), buf.unwrap_or_else(|| self.stand_in.stand_in())));
+            return Poll::Ready((Err(queue.end_error()), self.give_up()));
         }
         while self.submitted < self.len && self.parent.status.get().is_ok() {
             let Poll::Ready(index) = queue.poll_slot(&mut self.ticket, cx) else {
@@ -96,6 +95,12 @@ impl Large {
         let status = self.parent.status.get();
         let result = if status.is_ok() { Ok(()) } else { Err(Error::Status(status)) };
         Poll::Ready((result, self.parent.buf.take().unwrap_or_else(|| self.stand_in.stand_in())))
+    }
+
+    /// The buffer if no part is under way, else what stands in for it.
+    pub(crate) fn give_up(&self) -> DmaBuf {
+        let buf = if self.parent.outstanding.get() == 0 { self.parent.buf.take() } else { None };
+        buf.unwrap_or_else(|| self.stand_in.stand_in())
     }
 
     /// Leaves the line for a slot.

@@ -15,6 +15,7 @@ use crate::{
     large::Large,
     line::Ticket,
     queue::{QueuePair, Slot, State},
+    remote::{Remote, RemoteRunner},
     spec::{Sqe, nvm},
     stream::CommandStream,
 };
@@ -119,6 +120,15 @@ impl Namespace {
     /// [`vfio_uring::Error::Invalid`] while there is another.
     pub fn stream(&self) -> Result<CommandStream> {
         CommandStream::new(self.clone())
+    }
+
+    /// The namespace for other threads: a handle that is `Send`, and the runner that has to run on this reactor. At most
+    /// `capacity` of its requests are under way at once; those above the queue's depth wait in line for its slots.
+    ///
+    /// # Errors
+    /// [`vfio_uring::Error::Invalid`] for a capacity of 0 or above [`MAX_REMOTE`](crate::MAX_REMOTE).
+    pub fn remote(&self, capacity: usize) -> Result<(Remote, RemoteRunner)> {
+        Remote::new(self.clone(), capacity)
     }
 
     /// Whether a transfer is right and one command can carry it: the cheap test that nearly all pass. [`Namespace::check`] says
@@ -331,6 +341,18 @@ impl Drop for Io<'_> {
 }
 
 impl Io<'_> {
+    /// The buffer of a future that is dropped next: the one that it was given if the controller does not have it, else what stands
+    /// in for it.
+    pub(crate) fn give_up(&mut self) -> Option<DmaBuf> {
+        let queue = &*self.ns.queue;
+        match (self.stage, self.slow.as_deref_mut()) {
+            (Stage::Submitted, _) if queue.slot(self.index).state.get() == State::Done => queue.slot(self.index).buf.take(),
+            (Stage::Submitted, _) => queue.stand_in(self.index),
+            (Stage::Slow, Some(Slow::Large(large))) => Some(large.give_up()),
+            _ => self.buf.take(),
+        }
+    }
+
     #[cold]
     fn abandon(&mut self) {
         match self.stage {

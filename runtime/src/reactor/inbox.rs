@@ -2,10 +2,10 @@
 //!
 //! Nodes live for ever (see [`super::task`]), so a push needs no reference count and can't find a freed node.
 
-#[cfg(loom)]
+#[cfg(vfio_uring_loom)]
 use loom::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::ptr;
-#[cfg(not(loom))]
+#[cfg(not(vfio_uring_loom))]
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// A task's place in the inbox.
@@ -88,7 +88,7 @@ impl Inbox {
     }
 }
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, vfio_uring_loom))]
 mod loom_tests {
     use super::*;
     use loom::sync::{Arc, atomic::AtomicUsize};
