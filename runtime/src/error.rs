@@ -88,6 +88,14 @@ pub enum Error {
         /// Which argument, its value and its limits.
         what: String,
     },
+    /// The device, or the platform, has fewer interrupt vectors than were asked for. None of them is enabled.
+    #[error("{asked} interrupt vectors were asked for, {available} are there; ask for fewer")]
+    Vectors {
+        /// As many as were asked for.
+        asked: u32,
+        /// As many as can be had.
+        available: u32,
+    },
     /// Memory could not be mapped for DMA.
     #[error("mapping {len:#x} bytes at IOVA {iova:#x}: {reason}")]
     Map {

@@ -23,6 +23,7 @@
 //! # Ok::<_, vfio_uring::Error>(()) }).unwrap();
 //! ```
 
+pub mod access;
 pub mod buf;
 pub mod conflict;
 pub mod iova;
@@ -33,6 +34,7 @@ pub mod ring;
 pub mod shared;
 pub mod space;
 
+pub use access::Access;
 pub use buf::DmaBuf;
 pub use conflict::conflicts;
 pub use iova::{IovaAllocator, IovaRange};

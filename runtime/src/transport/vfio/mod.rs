@@ -3,9 +3,15 @@
 //! Everything here is a system call, and may block: the reactor's thread calls what is known to be short, the rest runs on
 //! a thread of its own.
 
+pub(crate) mod abi;
 mod device;
+mod feature;
 pub(crate) mod ioctl;
+mod irqs;
+mod reset;
 mod token;
 
 pub use device::DeviceFd;
+pub use feature::FeatureOp;
+pub use reset::{DependentDevice, DependentId};
 pub use token::VfToken;
