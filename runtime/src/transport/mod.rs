@@ -1,4 +1,5 @@
 //! How a device is reached.
 
+pub mod group;
 pub mod user;
 pub mod vfio;

@@ -8,7 +8,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_LOW_POWER_EXIT, VFIO_DEVICE_FEATURE_MASK, VFIO_DEVICE_FEATURE_PCI_VF_TOKEN,
     VFIO_DEVICE_FEATURE_PROBE, VFIO_DEVICE_FEATURE_SET,
 };
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
 use super::{
     DeviceFd, VfToken,
@@ -152,6 +152,8 @@ fn refused(what: String, errno: Errno, meanings: &[(Errno, &'static str)]) -> Er
 
 #[cfg(test)]
 mod tests {
+    use zerocopy::FromBytes;
+
     use super::*;
 
     #[test]
