@@ -35,7 +35,7 @@ pub use type1::{Migration, Type1Info};
 
 use self::nodes::{ContainerFd, Iommu, Nodes};
 use super::vfio::{DeviceFd, VfToken};
-use crate::{Error, Result};
+use crate::{Error, Result, dma::IovaRange};
 
 /// Groups, and the memory that is mapped for them. A handle: clones are the same container.
 ///
@@ -64,8 +64,8 @@ impl Container {
     /// An empty container.
     ///
     /// # Errors
-    /// [`Error::Io`] with the remedy where VFIO is missing or the caller has no permission, [`Error::Unsupported`] for an
-    /// interface of another version.
+    /// [`Error::NotReady`] where VFIO is missing or the caller has no permission, [`Error::Unsupported`] for an interface of
+    /// another version, else [`Error::Io`].
     pub fn new() -> Result<Self> {
         Self::at("/dev/vfio", "/sys")
     }
@@ -87,9 +87,14 @@ impl Container {
     /// Nothing can be mapped for it: it needs memory that does not move, and physical addresses.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a group that is without an IOMMU and was not asked for as such, or the reverse, or does not go with
-    /// the groups that are in; [`Error::Unsupported`] where the kernel has no type 1 IOMMU; else [`Error::Io`] with the remedy.
     /// The container is as before then.
+    /// - [`Error::NotReady`]: the group is not there or may not be opened, has no IOMMU and was not asked for as such, or the
+    ///   kernel lacks a module; with the remedy.
+    /// - [`Error::InUse`]: another process has the group, or a kernel driver has one of its devices; those are named.
+    /// - [`Error::Conflict`]: the group comes late, and reserves addresses that are mapped, or has an IOMMU that does not reach
+    ///   them. what [`Container::reserved`] says, held against the live mappings, tells which.
+    /// - [`Error::Invalid`]: groups with and without an IOMMU do not go together.
+    /// - [`Error::Io`]: anything else.
     pub fn add_group(&self, group: u32, noiommu: bool) -> Result<()> {
         let Inner { nodes, fd, .. } = &*self.0;
         let wanted = if noiommu { Iommu::None } else { Iommu::Type1 };
@@ -120,25 +125,35 @@ impl Container {
         Ok(())
     }
 
+    /// The addresses that nothing may be mapped at while a group is in a container, in it or not, as sysfs has them. Those that
+    /// only the firmware wants before a driver comes are not among them.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when sysfs does not know the group.
+    pub fn reserved(&self, group: u32) -> Result<Vec<IovaRange>> {
+        self.0.nodes.reserved(group)
+    }
+
     /// Gives a group back. The allowed addresses may be more afterwards.
     ///
     /// With the last group everything that was mapped is gone, without a word to those who mapped it. Whether that is so is what
     /// is returned.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a group that is not in the container, [`Error::Io`]: EBUSY while one of its devices is open or
-    /// mapped. It stays then.
+    /// [`Error::Invalid`] for a group that is not in the container, [`Error::InUse`] while one of its devices is open or mapped,
+    /// else [`Error::Io`]. It stays then.
     pub fn remove_group(&self, group: u32) -> Result<bool> {
         let mut state = self.state();
         let Some(opened) = state.groups.get(&group) else {
             return Err(Error::invalid(format!("group {group} is not in the container")));
         };
-        opened.unset_container().map_err(|errno| {
-            let why = match errno {
-                Errno::BUSY => "; its devices are still open: unmap their BARs and close them first",
-                _ => "",
-            };
-            Error::io(format!("taking group {group} out of its container{why}"), errno)
+        opened.unset_container().map_err(|errno| match errno {
+            Errno::BUSY => Error::InUse {
+                what: format!(
+                    "group {group} can't leave its container: its devices are open; unmap their BARs and close them"
+                ),
+            },
+            errno => Error::io(format!("taking group {group} out of its container"), errno),
         })?;
         state.groups.remove(&group);
         let empty = state.groups.is_empty();
@@ -159,7 +174,8 @@ impl Container {
     /// A virtual function whose physical function is bound to vfio-pci wants the token that was set there.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a device of none of the groups, a token that is wrong, missing, or not wanted; else [`Error::Io`].
+    /// [`Error::Invalid`] for a device of none of the groups, a token that is wrong, missing, or not wanted; [`Error::InUse`],
+    /// else [`Error::Io`].
     pub fn device(&self, name: &str, token: Option<&VfToken>) -> Result<DeviceFd> {
         let groups = self.groups();
         for (_, group) in &groups {

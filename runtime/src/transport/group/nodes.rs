@@ -2,7 +2,6 @@
 
 use std::{
     ffi::CString,
-    fmt::Write as _,
     fs,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -17,6 +16,7 @@ use vfio_bindings::bindings::vfio::{
 use super::owned;
 use crate::{
     Error, Result,
+    dma::IovaRange,
     transport::vfio::{
         DeviceFd, VfToken,
         abi::{container, group},
@@ -62,14 +62,14 @@ impl Nodes {
     pub(super) fn open_container(&self) -> Result<ContainerFd> {
         let path = self.dev.join("vfio");
         let fd = open(&path).map_err(|errno| {
-            let why = match errno {
+            let not_ready = |why: &str| Error::NotReady { what: format!("{} can't be opened: {why}", path.display()) };
+            match errno {
                 Errno::NOENT | Errno::NODEV | Errno::NXIO => {
-                    "; the kernel has no VFIO containers: modprobe vfio-pci vfio_iommu_type1"
+                    not_ready("the kernel has no VFIO containers: modprobe vfio-pci vfio_iommu_type1")
                 }
-                Errno::ACCESS | Errno::PERM => "; the node is for all users: chmod 0666, and let the sandbox pass it",
-                _ => "",
-            };
-            Error::io(format!("opening {}{why}", path.display()), errno)
+                Errno::ACCESS | Errno::PERM => not_ready("no permission; it is meant for all users: chmod 0666"),
+                errno => Error::io(format!("opening {}", path.display()), errno),
+            }
         })?;
         // SAFETY: GET_API_VERSION takes nothing.
         match unsafe { ioctl::with_number(&fd, container::GET_API_VERSION, 0) } {
@@ -86,14 +86,16 @@ impl Nodes {
         let (path, other) = if noiommu { (without, with) } else { (with, without) };
         match open(&path) {
             Ok(fd) => Ok(GroupFd { fd: Arc::new(fd), number }),
-            Err(Errno::NOENT) if other.exists() => Err(Error::invalid(match noiommu {
-                true => format!("group {number} has an IOMMU: open it without noiommu"),
-                false => format!(
-                    "group {number} has no IOMMU, so its device may write to any memory of the machine; ask for noiommu by name \
-                     if that is wanted, or enable the IOMMU (firmware: VT-d, AMD-Vi or SMMU; kernel: intel_iommu=on)"
-                ),
-            })),
-            Err(errno) => Err(Error::io(format!("opening {}{}", path.display(), group_open_meaning(errno, noiommu)), errno)),
+            Err(Errno::NOENT) if other.exists() => Err(match noiommu {
+                true => Error::invalid(format!("group {number} has an IOMMU: open it without noiommu")),
+                false => Error::NotReady {
+                    what: format!(
+                        "group {number} has no IOMMU, so its device may write to any memory of the machine; ask for noiommu by \
+                         name if that is wanted, or enable the IOMMU (firmware: VT-d, AMD-Vi or SMMU; kernel: intel_iommu=on)"
+                    ),
+                },
+            }),
+            Err(errno) => Err(group_open_failed(&path.display().to_string(), errno, noiommu)),
         }
     }
 
@@ -103,7 +105,7 @@ impl Nodes {
         if status & VFIO_GROUP_FLAGS_VIABLE != 0 {
             return Ok(());
         }
-        Err(Error::invalid(self.not_viable(opened.number)))
+        Err(Error::InUse { what: self.not_viable(opened.number) })
     }
 
     fn not_viable(&self, number: u32) -> String {
@@ -137,42 +139,32 @@ impl Nodes {
 
     /// The error of a group that the container did not take.
     pub(super) fn set_container_failed(&self, number: u32, errno: Errno, first: bool) -> Error {
-        let what = format!("taking group {number} into the container");
-        let why = match errno {
-            Errno::PERM if !first && self.in_the_way(number).is_empty() => {
-                "; the platform does not isolate the interrupts of devices: enable interrupt remapping in the firmware, or accept the \
-                 risk with vfio_iommu_type1.allow_unsafe_interrupts=1"
-                    .into()
-            }
-            Errno::PERM | Errno::BUSY => format!("; {}", self.not_viable(number)),
+        match errno {
+            Errno::PERM if !first && self.in_the_way(number).is_empty() => not_isolated(),
+            Errno::PERM | Errno::BUSY => Error::InUse { what: self.not_viable(number) },
             // A late group: the IOMMU of the container is set up for what is mapped.
-            Errno::INVAL if !first => format!(
-                "; what is mapped collides with what the group reserves ({}), or its IOMMU translates fewer addresses; unmap that, \
-                 or use a container of its own",
-                self.reserved(number)
-            ),
-            Errno::INVAL => "; the group is in another container, as of another part of this process".into(),
-            _ => String::new(),
-        };
-        Error::io(format!("{what}{why}"), errno)
+            Errno::INVAL if !first => Error::Conflict { device: format!("group {number}"), mapping: None, reserved: None },
+            Errno::INVAL => Error::InUse {
+                what: format!("group {number} is in another container: one of another part of this process; share that one"),
+            },
+            errno => Error::io(format!("taking group {number} into the container"), errno),
+        }
     }
 
-    /// The addresses that nothing may be mapped at while the group is in a container, for people.
-    fn reserved(&self, number: u32) -> String {
+    /// The addresses that nothing may be mapped at while the group is in a container.
+    pub(super) fn reserved(&self, number: u32) -> Result<Vec<IovaRange>> {
         let path = self.sys.join(format!("kernel/iommu_groups/{number}/reserved_regions"));
-        let text = fs::read_to_string(path).unwrap_or_default();
-        let mut regions = String::new();
-        for line in text.lines().take(MAX_NAMED) {
-            let mut words = line.split_whitespace();
-            if let (Some(start), Some(last), Some(kind)) = (words.next(), words.next(), words.next())
-                && kind != "direct-relaxable"
-            {
-                let separator = if regions.is_empty() { "" } else { ", " };
-                let _ = write!(regions, "{separator}{start}..={last} {kind}");
-            }
-        }
-        if regions.is_empty() { "sysfs names nothing".into() } else { regions }
+        let text = fs::read_to_string(&path).map_err(|error| Error::io(format!("reading {}", path.display()), error))?;
+        Ok(text.lines().filter_map(reserved_region).collect())
     }
+}
+
+/// A line of `reserved_regions`; `None` for one that memory may be mapped over, or that can't be read.
+fn reserved_region(line: &str) -> Option<IovaRange> {
+    let mut words = line.split_whitespace();
+    let mut address = || u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
+    let range = IovaRange { start: address()?, last: address()? };
+    (words.next()? != "direct-relaxable" && range.start <= range.last).then_some(range)
 }
 
 fn open(path: &Path) -> Result<OwnedFd, Errno> {
@@ -180,20 +172,35 @@ fn open(path: &Path) -> Result<OwnedFd, Errno> {
     open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// What to do when a group can't be opened.
-fn group_open_meaning(errno: Errno, noiommu: bool) -> &'static str {
+/// The error of a group that can't be opened.
+fn group_open_failed(path: &str, errno: Errno, noiommu: bool) -> Error {
+    let not_ready = |why: &str| Error::NotReady { what: format!("{path} can't be opened: {why}") };
     match errno {
-        Errno::NOENT if noiommu => {
-            "; no device without an IOMMU is bound to vfio-pci: load vfio with enable_unsafe_noiommu_mode=1, and bind the device again"
-        }
-        Errno::NOENT => {
-            "; none of its devices is bound to vfio-pci, or the IOMMU is off (firmware: VT-d, AMD-Vi or SMMU; kernel: intel_iommu=on)"
-        }
-        Errno::BUSY => "; another process has it open, or one of its devices by its cdev: a group has one user",
-        Errno::PERM => "; a device without an IOMMU needs CAP_SYS_RAWIO",
-        Errno::ACCESS => "; no permission: chown or chmod the node, or add a udev rule for the subsystem vfio",
-        Errno::NODEV | Errno::NXIO => "; its devices are gone",
-        _ => "",
+        Errno::NOENT if noiommu => not_ready(
+            "no device without an IOMMU is bound to vfio-pci; load vfio with enable_unsafe_noiommu_mode=1 and bind the device again",
+        ),
+        Errno::NOENT => not_ready(
+            "none of the group's devices is bound to vfio-pci, or the IOMMU is off (firmware: VT-d, AMD-Vi or SMMU; kernel: \
+             intel_iommu=on)",
+        ),
+        Errno::BUSY => Error::InUse {
+            what: format!(
+                "{path} can't be opened: a group has one user, and another process has it, or one of its devices by cdev"
+            ),
+        },
+        Errno::PERM => not_ready("a device without an IOMMU needs CAP_SYS_RAWIO"),
+        Errno::ACCESS => not_ready("no permission; chown or chmod the node, or add a udev rule for the subsystem vfio"),
+        Errno::NODEV | Errno::NXIO => not_ready("its devices are gone"),
+        errno => Error::io(format!("opening {path}"), errno),
+    }
+}
+
+/// The platform can't keep a device from sending interrupts of others.
+fn not_isolated() -> Error {
+    Error::NotReady {
+        what: "the platform does not isolate the interrupts of devices: enable interrupt remapping in the firmware, or accept the \
+               risk with vfio_iommu_type1.allow_unsafe_interrupts=1"
+            .into(),
     }
 }
 
@@ -204,8 +211,8 @@ impl ContainerFd {
             Iommu::Type1 => VFIO_TYPE1v2_IOMMU,
             Iommu::None => VFIO_NOIOMMU_IOMMU,
         };
-        let missing = || Error::Unsupported {
-            what: "containers with the IOMMU of this machine: the kernel has no type 1 version 2; modprobe vfio_iommu_type1"
+        let missing = || Error::NotReady {
+            what: "the kernel has no containers for this kind of IOMMU (type 1, version 2): modprobe vfio_iommu_type1"
                 .into(),
         };
         // SAFETY: CHECK_EXTENSION takes a number.
@@ -217,19 +224,15 @@ impl ContainerFd {
         // SAFETY: SET_IOMMU takes a number.
         unsafe { ioctl::with_number(self, container::SET_IOMMU, number as usize) }.map(drop).map_err(|errno| match errno {
             Errno::NODEV => missing(),
-            errno => {
-                let why = match errno {
-                    Errno::PERM => {
-                        "; the platform does not isolate the interrupts of devices: enable interrupt remapping in the firmware, or \
-                         accept the risk with vfio_iommu_type1.allow_unsafe_interrupts=1"
-                    }
-                    Errno::BUSY => "; another driver has given the device page tables of its own",
-                    Errno::INVAL => "; the IOMMU of the group can't be used: it reserves all addresses, or does not keep caches coherent",
-                    Errno::NOMEM => "; the kernel is out of memory",
-                    _ => "",
-                };
-                Error::io(format!("setting up the IOMMU{why}"), errno)
+            Errno::PERM => not_isolated(),
+            Errno::BUSY => {
+                Error::InUse { what: "another driver has given a device of the group page tables of its own".into() }
             }
+            Errno::INVAL => Error::Unsupported {
+                what: "the IOMMU of the group can't be used: it leaves no addresses free, or does not keep caches coherent"
+                    .into(),
+            },
+            errno => Error::io("setting up the IOMMU", errno),
         })
     }
 }
@@ -294,10 +297,10 @@ fn device_failed(name: &str, token: bool, errno: Errno) -> Error {
         Errno::INVAL if token => {
             Error::invalid(format!("{what}: it wants no VF token, as its physical function is not bound to vfio-pci"))
         }
+        Errno::BUSY => Error::InUse { what: format!("{what}: another driver uses it, see /proc/iomem; unload that driver") },
         errno => {
             let why = match errno {
                 Errno::AGAIN => "; somebody else holds the device's lock, try again",
-                Errno::BUSY => "; another driver uses the device",
                 Errno::IO => "; the device does not answer",
                 Errno::MFILE => "; too many open files: raise `ulimit -n`",
                 _ => "",
@@ -319,16 +322,19 @@ mod tests {
 
     #[test]
     fn each_errno_has_its_meaning() {
+        let open = |errno, noiommu| group_open_failed("/dev/vfio/1", errno, noiommu);
         for (errno, noiommu, part) in [
             (Errno::NOENT, false, "intel_iommu=on"),
             (Errno::NOENT, true, "enable_unsafe_noiommu_mode=1"),
-            (Errno::BUSY, false, "one user"),
             (Errno::PERM, true, "CAP_SYS_RAWIO"),
             (Errno::ACCESS, false, "udev"),
             (Errno::NODEV, false, "gone"),
         ] {
-            assert!(group_open_meaning(errno, noiommu).contains(part), "{errno:?}");
+            let error = open(errno, noiommu);
+            assert!(matches!(&error, Error::NotReady { what } if what.contains(part)), "{error}");
         }
+        assert!(matches!(open(Errno::BUSY, false), Error::InUse { .. }));
+        assert!(matches!(open(Errno::MFILE, false), Error::Io { .. }));
         for (errno, token, part) in [
             (Errno::ACCESS, false, "wants the VF token"),
             (Errno::ACCESS, true, "is not the one"),

@@ -3,6 +3,7 @@ use std::{fs, os::unix::fs::symlink};
 use tempfile::{TempDir, tempdir};
 
 use super::*;
+use crate::dma::IovaRange;
 
 /// A `/dev/vfio` and a `/sys` of files, which are no containers and groups.
 fn machine() -> TempDir {
@@ -60,15 +61,23 @@ fn noiommu_is_had_only_by_name() {
 }
 
 #[test]
-fn refusals_name_drivers_and_regions() {
+fn refusals_name_drivers() {
     let root = machine();
     let nodes = nodes(&root);
-    let text = |group, errno, first| nodes.set_container_failed(group, errno, first).to_string();
-    let owned = text(7, Errno::PERM, true);
-    assert!(owned.contains("0000:01:00.1 (snd_hda_intel); ") && !owned.contains("pcieport"), "{owned}");
-    let late = text(8, Errno::INVAL, false);
-    assert!(late.contains("0x00000000fee00000..=0x00000000feefffff msi") && !late.contains("a0000"), "{late}");
-    assert!(text(7, Errno::INVAL, false).contains("sysfs names nothing"));
-    assert!(text(8, Errno::INVAL, true).contains("another container"));
-    assert!(text(8, Errno::PERM, false).contains("allow_unsafe_interrupts"));
+    let error = |group, errno, first| nodes.set_container_failed(group, errno, first);
+    match error(7, Errno::PERM, true) {
+        Error::InUse { what } => assert!(what.contains("other drivers than vfio: 0000:01:00.1 (snd_hda_intel); "), "{what}"),
+        error => panic!("{error}"),
+    }
+    assert!(matches!(error(8, Errno::INVAL, false), Error::Conflict { device, .. } if device == "group 8"));
+    assert!(matches!(error(8, Errno::INVAL, true), Error::InUse { .. }));
+    assert!(matches!(error(8, Errno::PERM, false), Error::NotReady { what } if what.contains("allow_unsafe_interrupts")));
+}
+
+#[test]
+fn reserved_regions_are_read() {
+    let root = machine();
+    let msi = IovaRange { start: 0xfee0_0000, last: 0xfeef_ffff };
+    assert_eq!(nodes(&root).reserved(8).unwrap(), [msi]);
+    assert!(nodes(&root).reserved(9).is_err());
 }

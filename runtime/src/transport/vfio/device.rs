@@ -168,7 +168,7 @@ const ACCESS: [(Errno, &str); 6] = [
     (Errno::NODEV, GONE),
 ];
 
-const GONE: &str = "the device is gone";
+const GONE: &str = "its BAR can't be used, or it is gone";
 
 /// What holds of every request.
 const COMMON: [(Errno, &str); 3] = [
