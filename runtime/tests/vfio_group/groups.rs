@@ -76,6 +76,27 @@ fn noiommu_is_not_had_by_chance() {
 }
 
 #[test]
+fn without_an_iommu_nothing_is_mapped() {
+    let Some(device) = tested("VFIO_URING_TEST_NOIOMMU") else { return };
+    let container = Container::new().unwrap();
+    let error = container.add_group(device.group, false).unwrap_err();
+    assert!(matches!(&error, Error::NotReady { what } if what.contains("ask for noiommu by name")), "{error}");
+    container.add_group(device.group, true).unwrap();
+    let opened = container.device(&device.bdf, None).unwrap();
+    assert!(opened.info().unwrap().regions >= 9);
+    let mut memory = memory(1);
+    for error in [
+        container.info().unwrap_err(),
+        map(&container, &mut memory, PAGE).unwrap_err(),
+        container.unmap(PAGE, PAGE).unwrap_err(),
+    ] {
+        assert!(matches!(&error, Error::Unsupported { what } if what.contains("does not move")), "{error}");
+    }
+    let error = container.add_group(device.group + 1, false).unwrap_err();
+    assert!(matches!(&error, Error::Invalid { what } if what.contains("with and without")), "{error}");
+}
+
+#[test]
 fn groups_share_what_is_mapped() {
     let Some(one) = nvme() else { return };
     let Ok(bdf) = std::env::var("VFIO_URING_TEST_BDF2") else { return };

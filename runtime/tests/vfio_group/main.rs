@@ -2,8 +2,8 @@
 //!
 //! `VFIO_URING_TEST_BDF` names a PCI function that is bound to vfio-pci, which the tests take over, one after the other: an NVMe
 //! controller. `VFIO_URING_TEST_BDF2` names a second one, of another IOMMU group; `VFIO_URING_TEST_EDU` QEMU's edu device, whose
-//! DMA is tried; `VFIO_URING_TEST_PF` a function that can have virtual ones, which vfio-pci makes (`vfio_pci.enable_sriov=1`). A
-//! test whose device is not named passes without doing anything, and says so.
+//! DMA is tried; `VFIO_URING_TEST_PF` a function that can have virtual ones, which vfio-pci makes (`vfio_pci.enable_sriov=1`);
+//! `VFIO_URING_TEST_NOIOMMU` one of a machine without IOMMU (`vfio.enable_unsafe_noiommu_mode=1`). A test whose device is not named passes without doing anything, and says so.
 
 mod device;
 mod dma;

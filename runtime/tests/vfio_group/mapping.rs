@@ -3,16 +3,18 @@
 use std::{fs, ptr, thread};
 
 use rustix::{
+    mm::{MapFlags, ProtFlags, mmap, munmap},
     process::{Resource, Rlimit, getrlimit, setrlimit},
     thread::{CapabilitySet, capabilities, set_capabilities},
 };
 use vfio_uring::{
     Error,
+    device::index,
     dma::{Access, IovaRange, MapRefused},
     transport::group::Container,
 };
 
-use super::{MSI, PAGE, Page, memory, nvme};
+use super::{MSI, PAGE, Page, enable, memory, nvme, region};
 
 /// Maps memory that lives as long as the test.
 fn map(container: &Container, memory: &mut [Page], iova: u64) -> Result<(), Error> {
@@ -109,6 +111,22 @@ fn a_part_is_not_unmapped() {
     map(&container, b, 0x10_3000).unwrap();
     assert!(text(0x10_0000, 5).contains("only 0x4000 bytes"));
     assert!(text(0x10_0000, 5).contains("nothing is mapped"));
+}
+
+#[test]
+fn a_bar_is_mapped_for_others() {
+    let Some(nvme) = nvme() else { return };
+    let (container, device) = nvme.open();
+    let bar = region(&device, index::BAR0);
+    let (len, protection) = (bar.size as usize, ProtFlags::READ | ProtFlags::WRITE);
+    // SAFETY: a new mapping, of which nothing else knows.
+    let at = unsafe { mmap(ptr::null_mut(), len, protection, MapFlags::SHARED, &device, bar.offset) }.unwrap();
+    enable(&device);
+    // SAFETY: no other device does DMA here.
+    unsafe { container.map(at.cast(), bar.size, 0x10_0000, Access::ReadWrite) }.unwrap();
+    assert_eq!(container.unmap(0x10_0000, bar.size).unwrap(), bar.size);
+    // SAFETY: mapped above, and not used any more.
+    unsafe { munmap(at, len) }.unwrap();
 }
 
 /// Sets a parameter of the kernel's type 1 for as long as it lives.

@@ -92,7 +92,7 @@ impl Container {
     ///   kernel lacks a module; with the remedy.
     /// - [`Error::InUse`]: another process has the group, or a kernel driver has one of its devices; those are named.
     /// - [`Error::Conflict`]: the group comes late, and reserves addresses that are mapped, or has an IOMMU that does not reach
-    ///   them. what [`Container::reserved`] says, held against the live mappings, tells which.
+    ///   them. What [`Container::reserved`] says, held against the live mappings, tells which.
     /// - [`Error::Invalid`]: groups with and without an IOMMU do not go together.
     /// - [`Error::Io`]: anything else.
     pub fn add_group(&self, group: u32, noiommu: bool) -> Result<()> {

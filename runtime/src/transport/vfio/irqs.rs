@@ -59,19 +59,9 @@ impl DeviceFd {
             )));
         }
         let count = fds.len() as u32;
-        let what = || {
-            format!(
-                "binding eventfds to vectors {start}..{} of interrupt index {index}",
-                u64::from(start) + u64::from(count)
-            )
-        };
-        match self
-            .set_irqs(&irq_set(EVENTFD | TRIGGER, index, start, count, fds))
-            .map_err(|errno| failed(what(), errno, &SET))?
-        {
-            0 => Ok(()),
-            available => Err(Error::Vectors { asked: start.saturating_add(count), available }),
-        }
+        let what = || format!("binding {count} eventfds from vector {start} of interrupt index {index}");
+        let answer = self.set_irqs(&irq_set(EVENTFD | TRIGGER, index, start, count, fds));
+        bound(answer.map_err(|errno| failed(what(), errno, &SET))?, start, count)
     }
 
     /// Disables `index`: its eventfds are unbound and its vectors freed.
@@ -139,6 +129,14 @@ impl DeviceFd {
     }
 }
 
+/// What became of vectors that were bound: the kernel answers with as many as it could have, where it has fewer.
+fn bound(answer: u32, start: u32, count: u32) -> Result<()> {
+    match answer {
+        0 => Ok(()),
+        available => Err(Error::Vectors { asked: start.saturating_add(count), available }),
+    }
+}
+
 /// A `vfio_irq_set`, with a descriptor for each vector or without data.
 fn irq_set(flags: u32, index: u32, start: u32, count: u32, fds: &[Option<BorrowedFd<'_>>]) -> Vec<u8> {
     let size = size_of::<SetIrqs>() + size_of::<i32>() * fds.len();
@@ -166,6 +164,15 @@ mod tests {
         let words: Vec<u32> = request.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
         assert_eq!(words, [32, 0x24, 2, 5, 3, 0x1234_5678, u32::MAX, 0x1234_5678]);
         assert_eq!(irq_set(NONE | TRIGGER, 1, 0, 0, &[]).len(), 20);
+    }
+
+    #[test]
+    fn fewer_vectors_are_a_failure() {
+        assert!(bound(0, 4, 4).is_ok());
+        assert_eq!(
+            bound(5, 4, 4).unwrap_err().to_string(),
+            "8 interrupt vectors were asked for, 5 are there; ask for fewer"
+        );
     }
 
     #[test]
