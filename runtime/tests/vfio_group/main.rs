@@ -21,8 +21,7 @@ use vfio_uring::{
     device::index,
     transport::{
         group::Container,
-        user::protocol::RegionInfo,
-        vfio::{DeviceFd, VfToken},
+        vfio::{DeviceFd, RegionInfo, VfToken},
     },
 };
 

@@ -15,3 +15,6 @@ pub use device::DeviceFd;
 pub use feature::FeatureOp;
 pub use reset::{DependentDevice, DependentId};
 pub use token::VfToken;
+
+/// What both kinds of device say of themselves, in the same words.
+pub use super::user::protocol::{Area, DeviceInfo, IrqInfo, RegionInfo};
