@@ -1,3 +1,4 @@
 //! How a device is reached.
 
 pub mod user;
+pub mod vfio;
