@@ -24,6 +24,7 @@
 //! ```
 
 pub mod buf;
+pub mod conflict;
 pub mod iova;
 pub mod mapping;
 pub mod pool;
@@ -32,6 +33,7 @@ pub mod shared;
 pub mod space;
 
 pub use buf::DmaBuf;
+pub use conflict::conflicts;
 pub use iova::{IovaAllocator, IovaRange};
 pub use mapping::Mapping;
 pub use pool::{Pool, PoolStats};
