@@ -76,6 +76,16 @@ pub enum Error {
         /// Which argument, its value and its limits.
         what: String,
     },
+    /// Memory could not be mapped for DMA.
+    #[error("mapping {len:#x} bytes at IOVA {iova:#x}: {reason}")]
+    Map {
+        /// Where the device was to see it.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+        /// Why not.
+        reason: crate::dma::MapRefused,
+    },
     /// DMA memory or IOVA space ran out.
     #[error("{what}")]
     Exhausted {

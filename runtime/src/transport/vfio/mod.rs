@@ -5,5 +5,7 @@
 
 mod device;
 pub(crate) mod ioctl;
+mod token;
 
 pub use device::DeviceFd;
+pub use token::VfToken;
