@@ -2,6 +2,8 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use crate::dma::IovaRange;
+
 /// Why an operation of the runtime failed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -70,6 +72,18 @@ pub enum Error {
         /// What was asked for.
         what: String,
     },
+    /// A precondition is not met: of the machine, its kernel, or the driver of a device.
+    #[error("{what}")]
+    NotReady {
+        /// What is missing, and how to get it.
+        what: String,
+    },
+    /// Something else is using the device.
+    #[error("{what}")]
+    InUse {
+        /// What uses it, and how to end that.
+        what: String,
+    },
     /// A caller's argument is out of range.
     #[error("{what}")]
     Invalid {
@@ -86,6 +100,19 @@ pub enum Error {
         /// Why not.
         reason: crate::dma::MapRefused,
     },
+    /// A device can't join the others: it reserves addresses that they use.
+    #[error(
+        "{device} can't be attached: {}; unmap what is there, or keep those addresses free from the start",
+        conflict(mapping, reserved)
+    )]
+    Conflict {
+        /// The device that was to be attached.
+        device: String,
+        /// The mapping that is in the way, where it is known.
+        mapping: Option<IovaRange>,
+        /// The addresses that the device can't use, where they are known.
+        reserved: Option<IovaRange>,
+    },
     /// DMA memory or IOVA space ran out.
     #[error("{what}")]
     Exhausted {
@@ -96,6 +123,18 @@ pub enum Error {
 
 /// The runtime's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn conflict(mapping: &Option<IovaRange>, reserved: &Option<IovaRange>) -> String {
+    let range = |range: &IovaRange| format!("{:#x}-{:#x}", range.start, range.last);
+    match (mapping, reserved) {
+        (Some(mapping), Some(reserved)) => {
+            format!("the mapping at IOVA {} overlaps {}, which it reserves", range(mapping), range(reserved))
+        }
+        (Some(mapping), None) => format!("it reserves some of the mapping at IOVA {}", range(mapping)),
+        (None, Some(reserved)) => format!("it reserves IOVA {}, where something is mapped or allowed", range(reserved)),
+        (None, None) => "a region that it reserves overlaps an IOVA that is mapped or allowed".into(),
+    }
+}
 
 impl Error {
     /// Wraps an I/O error with what was being done.
