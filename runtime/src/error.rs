@@ -152,3 +152,27 @@ impl Error {
         Self::Invalid { what: what.into() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conflict_names_both_sides_where_they_are_known() {
+        let mapping = Some(IovaRange { start: 0xfee0_0000, last: 0xfee0_0fff });
+        let reserved = Some(IovaRange { start: 0xfee0_0000, last: 0xfeef_ffff });
+        for (mapping, reserved, part) in [
+            (
+                mapping,
+                reserved,
+                "the mapping at IOVA 0xfee00000-0xfee00fff overlaps 0xfee00000-0xfeefffff, which it reserves",
+            ),
+            (mapping, None, "it reserves some of the mapping at IOVA 0xfee00000-0xfee00fff"),
+            (None, reserved, "it reserves IOVA 0xfee00000-0xfeefffff, where something is mapped"),
+            (None, None, "a region that it reserves overlaps"),
+        ] {
+            let text = Error::Conflict { device: "0000:01:00.0".into(), mapping, reserved }.to_string();
+            assert!(text.starts_with("0000:01:00.0 can't be attached: ") && text.contains(part), "{text}");
+        }
+    }
+}

@@ -34,7 +34,7 @@ pub mod shared;
 pub mod space;
 
 pub use buf::DmaBuf;
-pub use conflict::conflicts;
+pub use conflict::{conflicts, overlaps};
 pub use iova::{IovaAllocator, IovaRange};
 pub use mapping::Mapping;
 pub use pool::{Pool, PoolStats};

@@ -8,6 +8,7 @@ mod binding;
 mod dma;
 mod mapping;
 mod spaces;
+mod user;
 
 use std::{
     env,

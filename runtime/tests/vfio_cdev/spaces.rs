@@ -121,7 +121,14 @@ fn options() {
     assert!(ioas.huge_pages().unwrap());
     ioas.set_huge_pages(false).unwrap();
     assert!(!ioas.huge_pages().unwrap());
-    devices.bind(&context).attach(&ioas).unwrap();
+    let device = devices.bind(&context);
+    device.attach(&ioas).unwrap();
+    let mut memory = memory(1);
+    // SAFETY: no device does DMA here.
+    unsafe { ioas.map((&raw mut memory[0]).cast(), PAGE, PAGE, Access::Read) }.unwrap();
+    ioas.set_huge_pages(true).unwrap();
+    let error = ioas.set_huge_pages(false).unwrap_err();
+    assert!(error.to_string().contains("before memory is mapped"), "{error}");
 }
 
 #[test]

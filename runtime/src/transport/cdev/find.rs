@@ -22,7 +22,7 @@ pub(super) fn find(root: &Path, bdf: &str) -> Result<Found> {
     }
     let not_ready = |what: String| Err(Error::NotReady { what });
     let device = root.join("sys/bus/pci/devices").join(bdf);
-    if !device.exists() {
+    if !device.try_exists().map_err(|error| Error::io(format!("looking for {}", device.display()), error))? {
         return not_ready(format!("there is no PCI device {bdf}; see vfio-uring list"));
     }
     let dir = device.join("vfio-dev");

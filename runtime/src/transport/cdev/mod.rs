@@ -248,7 +248,7 @@ impl Bound {
     /// # Errors
     /// On any error what was attached before stays so.
     /// - [`Error::Conflict`]: a reserved region of this device overlaps an address that is mapped or
-    ///   [allowed](Ioas::allow_iovas).
+    ///   [allowed](Ioas::allow_iovas). The kernel does not say which; [`overlaps`](crate::dma::overlaps) finds out.
     /// - [`Error::Io`] with EBUSY: it, or a device of its group, is being reset: try again after it.
     /// - [`Error::Invalid`]: the space is not of the device's context, or the rest of its group is attached elsewhere.
     /// - [`Error::Exhausted`]: the memory that is mapped can't be pinned within RLIMIT_MEMLOCK.

@@ -340,11 +340,11 @@ impl Ioas {
     /// Whether pages are to be joined into larger ones in the IOMMU's page table, which saves IOTLB misses; off is for measuring.
     ///
     /// # Errors
-    /// [`Error::Io`] when the kernel refuses, as it does once page tables stand on the space.
+    /// [`Error::Io`] when the kernel refuses, as it does once a device is attached and memory is mapped.
     pub fn set_huge_pages(&self, on: bool) -> Result<()> {
         let value = self.0.context.option(Op::Set, abi::iommufd_option_IOMMU_OPTION_HUGE_PAGES, self.id(), on.into());
         value.map(drop).map_err(|errno| {
-            Error::io(format!("huge pages of an I/O address space to {on}: choose before devices are attached"), errno)
+            Error::io("joining pages of an I/O address space or not: choose before memory is mapped", errno)
         })
     }
 
