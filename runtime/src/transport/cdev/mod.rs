@@ -5,7 +5,7 @@
 //! but to drop it.
 //!
 //! ```no_run
-//! use vfio_uring::transport::{cdev::Unbound, iommufd::{Access, Ioas, IommufdFd}};
+//! use vfio_uring::transport::{cdev::Unbound, iommufd::{Ioas, IommufdFd}};
 //!
 //! let context = IommufdFd::open()?;
 //! let device = Unbound::find("0000:01:00.0")?.bind(&context, None)?;
@@ -20,7 +20,7 @@
 //! A device that is not bound can't be read, mapped or reset, since it has no descriptor to do that with:
 //!
 //! ```compile_fail,E0599
-//! # use vfio_uring::transport::{cdev::Unbound, iommufd::{Access, Ioas, IommufdFd}};
+//! # use vfio_uring::transport::{cdev::Unbound, iommufd::{Ioas, IommufdFd}};
 //! #
 //! # let context = IommufdFd::open()?;
 //! let device = Unbound::find("0000:01:00.0")?;
