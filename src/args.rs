@@ -3,7 +3,11 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vfio_uring::{device::Address, reactor::Idle};
+use vfio_uring::{
+    device::Address,
+    pci::{Bdf, sysfs::Pci},
+    reactor::Idle,
+};
 
 use crate::failure::{Failure, Result};
 
@@ -25,6 +29,8 @@ Examples:
   vfio-uring serve nvme --socket /tmp/nvme.sock --size 1g
   vfio-uring bench --device vfio-user:/tmp/nvme.sock --bs 128k --rw read
   vfio-uring info vfio-user:/tmp/nvme.sock
+  vfio-uring list                                       the PCI devices, and what is missing to use each
+  vfio-uring bind 0000:01:00.0 --dry-run                what giving a device to VFIO would do
 
 Exit status: 0 done, 1 failed (also I/O errors and mismatches), 2 wrong usage, 130 interrupted.";
 
@@ -44,6 +50,12 @@ pub enum Command {
     Serve(Serve),
     /// Show a device's regions, interrupts, capabilities, and what its controller says of itself
     Info(Info),
+    /// Show the PCI devices of this machine, and what is missing to use each
+    List(List),
+    /// Give a PCI device to VFIO
+    Bind(Bind),
+    /// Give a PCI device back to the kernel's own driver
+    Unbind(Unbind),
 }
 
 const BENCH_HELP: &str = "\
@@ -101,6 +113,9 @@ pub struct Bench {
     /// How the driver waits: polling all the time, asleep, or polling while that pays
     #[arg(long, value_enum, default_value_t = IdleMode::Hybrid)]
     pub idle: IdleMode,
+    /// Have the controller signal completions, so that a driver that does not poll sleeps until then; see --idle
+    #[arg(long)]
+    pub interrupts: bool,
     /// Keep the driver, and the software controller if it is in this process, on a core each
     #[arg(long)]
     pub pin: bool,
@@ -244,6 +259,85 @@ pub struct Info {
     pub output_format: Format,
 }
 
+const LIST_HELP: &str = "\
+A device is used by its group (container and type1) or by its own character device (cdev and iommufd); the status names the ways
+that are ready, or what is missing. With an address, each missing thing is a sentence with its remedy.
+
+Examples:
+  vfio-uring list
+  vfio-uring list 0000:01:00.0
+  vfio-uring list --output-format json | jq '.[] | select(.ready != [])'";
+
+#[derive(Debug, Args)]
+#[command(after_help = LIST_HELP)]
+pub struct List {
+    /// One device, in detail
+    #[arg(value_name = "BDF", value_parser = bdf)]
+    pub device: Option<Bdf>,
+    /// Bridges too
+    #[arg(long, conflicts_with = "device")]
+    pub all: bool,
+    /// Form of the answer
+    #[arg(long, value_enum, default_value_t = Format::Human)]
+    pub output_format: Format,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+const BIND_HELP: &str = "\
+Only this device is concerned (driver_override). Refused are a disk that is mounted, swap or claimed, also by a volume on top, a
+network interface that is up, a device that a program uses through VFIO, and one with virtual functions enabled. If the driver
+does not take the device, everything is undone.
+
+Examples:
+  vfio-uring bind 0000:01:00.0 --dry-run
+  sudo vfio-uring bind 0000:01:00.0";
+
+#[derive(Debug, Args)]
+#[command(after_help = BIND_HELP)]
+pub struct Bind {
+    /// The device
+    #[arg(value_name = "BDF", value_parser = bdf)]
+    pub device: Bdf,
+    /// Its new driver
+    #[arg(long, value_name = "NAME", default_value = "vfio-pci")]
+    pub driver: String,
+    /// Only print what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The kernel chooses the driver, as at boot. A device that a program uses through VFIO is left alone."
+)]
+pub struct Unbind {
+    /// The device
+    #[arg(value_name = "BDF", value_parser = bdf)]
+    pub device: Bdf,
+    /// Only print what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub machine: Machine,
+}
+
+/// The machine whose devices are meant.
+#[derive(Debug, Args)]
+pub struct Machine {
+    /// The folder with its sys, dev and proc
+    #[arg(long, value_name = "PATH", default_value = "/", hide = true)]
+    root: PathBuf,
+}
+
+impl Machine {
+    pub fn pci(&self) -> Pci {
+        Pci::at(&self.root)
+    }
+}
+
 impl Bench {
     /// Percentage of reads in a mix.
     pub fn read_percent(&self) -> u8 {
@@ -334,11 +428,19 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 fn address(text: &str) -> Result<Address, String> {
-    // The argument is in clap's part of the line.
-    text.parse().map_err(|error| match error {
-        vfio_uring::Error::Address { reason, .. } => format!("{reason}; write vfio-user:/path/to/socket"),
+    text.parse().map_err(|error| reason(error, "; write 0000:01:00.0 or vfio-user:/path/to/socket"))
+}
+
+fn bdf(text: &str) -> Result<Bdf, String> {
+    text.parse().map_err(|error| reason(error, ""))
+}
+
+/// What is wrong with an address, which itself is in clap's part of the line.
+fn reason(error: vfio_uring::Error, remedy: &str) -> String {
+    match error {
+        vfio_uring::Error::Address { reason, .. } => format!("{reason}{remedy}"),
         error => error.to_string(),
-    })
+    }
 }
 
 fn lba_size(text: &str) -> Result<u32, String> {

@@ -4,9 +4,11 @@
 
 mod args;
 mod bench;
+mod bind;
 mod embedded;
 mod failure;
 mod info;
+mod list;
 mod open;
 mod pin;
 mod serve;
@@ -27,6 +29,9 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench::run(&bench),
         Command::Serve(serve) => serve::run(&serve),
         Command::Info(info) => info::run(&info),
+        Command::List(list) => list::run(&list),
+        Command::Bind(args) => bind::bind(&args),
+        Command::Unbind(args) => bind::unbind(&args),
     };
     end(result)
 }
@@ -53,7 +58,7 @@ fn usage(error: &clap::Error) -> ExitCode {
             end(print(&error.render().to_string()).map(|()| ExitCode::SUCCESS))
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
-            end(Err(Failure::Usage("what to do? bench, serve nvme or info; see --help".into())))
+            end(Err(Failure::Usage("what to do? list, bind, unbind, info, bench or serve nvme; see --help".into())))
         }
         _ => end(Err(Failure::Usage(one_line(&error.render().to_string())))),
     }

@@ -138,6 +138,7 @@ impl Rig {
             cq_doorbell: Posted::from(doorbells.register(1)),
             timeout: Duration::from_secs(10),
             device: None,
+            interrupt: None,
         };
         let info = NamespaceInfo { nsid: 1, blocks: BLOCKS, block_size: BLOCK as u32, metadata: 0 };
         let queue = Queue::from_parts(parts, &[info], |sq, cq| device.start(sq, cq)).expect("a queue");

@@ -74,6 +74,7 @@ async fn run(steps: &[Step]) {
         cq_doorbell: doorbell(4),
         timeout: Duration::from_secs(3600),
         device: None,
+        interrupt: None,
     };
     let info = NamespaceInfo { nsid: 1, blocks: 200, block_size: 4096, metadata: 0 };
     let (mut sq, mut cq) = (0, 0);

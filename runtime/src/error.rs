@@ -9,7 +9,7 @@ use crate::dma::IovaRange;
 #[non_exhaustive]
 pub enum Error {
     /// A device address that can't be read.
-    #[error("{text:?} is not a device address: {reason}; write vfio-user:/path/to/socket")]
+    #[error("{text:?} is not a device address: {reason}; write 0000:01:00.0 or vfio-user:/path/to/socket")]
     Address {
         /// The text as given.
         text: String,

@@ -140,7 +140,11 @@ async fn measure(args: &Bench, device: &Device, controller: &Controller, interru
     let units = args.size / u64::from(args.numjobs) / args.bs;
     let mut jobs = Vec::new();
     for index in 0..u64::from(args.numjobs) {
-        let queue = controller.create_queue(args.iodepth.into()).await?;
+        let depth = args.iodepth.into();
+        let queue = match args.interrupts {
+            true => controller.create_interrupt_queue(depth).await?,
+            false => controller.create_queue(depth).await?,
+        };
         let range = Range { first_lba: index * units * unit_blocks, unit_blocks, units };
         let pattern = Pattern { seed: args.seed, block_size: ns.block_size as usize };
         let ledger = args.verify.then(|| Ledger::new(pattern, units));
@@ -168,6 +172,7 @@ async fn measure(args: &Bench, device: &Device, controller: &Controller, interru
         size: args.size,
         mode: mode.name(),
         idle: args.idle.name(),
+        interrupts: args.interrupts,
         pinned: args.pin,
         runtime_ms: measured.elapsed.as_millis() as u64,
         interrupted: interrupted.is_set(),

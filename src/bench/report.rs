@@ -148,6 +148,7 @@ pub struct Report {
     pub size: u64,
     pub mode: &'static str,
     pub idle: &'static str,
+    pub interrupts: bool,
     pub pinned: bool,
     pub runtime_ms: u64,
     pub interrupted: bool,
@@ -185,6 +186,7 @@ impl Report {
         let seconds = self.runtime_ms as f64 / 1000.0;
         let cut = if self.interrupted { ", interrupted" } else { "" };
         let pinned = if self.pinned { ", pinned" } else { "" };
+        let waiting = if self.interrupts { " with interrupts" } else { "" };
         let _ = writeln!(
             text,
             "{} namespace {}, {} in blocks of {} B",
@@ -195,7 +197,7 @@ impl Report {
         );
         let _ = writeln!(
             text,
-            "{}{mix}, {} each, {} outstanding on {} queue{}, {}, idle {}{pinned}, {seconds:.2} s{cut}\n",
+            "{}{mix}, {} each, {} outstanding on {} queue{}, {}, idle {}{waiting}{pinned}, {seconds:.2} s{cut}\n",
             self.rw,
             bytes(self.bs as f64),
             self.iodepth,

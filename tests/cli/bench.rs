@@ -64,8 +64,11 @@ fn transfers_above_the_limit_are_split() {
 #[test]
 fn waiting_in_each_way() {
     for idle in ["spin", "park", "hybrid"] {
-        let json = run(&format!("bench --idle {idle} --iodepth 1 --runtime 0.2 --size 1m --output-format json"));
-        assert!(json.expect_success().json()["ios"].as_u64().unwrap() > 0);
+        for interrupts in ["", "--interrupts"] {
+            let json =
+                run(&format!("bench --idle {idle} {interrupts} --iodepth 1 --runtime 0.2 --size 1m --output-format json"));
+            assert!(json.expect_success().json()["ios"].as_u64().unwrap() > 0);
+        }
     }
 }
 

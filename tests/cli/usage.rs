@@ -25,14 +25,21 @@ fn wrong_usage_is_status_2() {
         ("bench --verify --size 64k", "--iodepth"),
         ("bench --nsid 0", "nsid"),
         ("bench --device /tmp/socket", "vfio-user:"),
-        ("bench --device 0000:01:00.0", "not supported"),
-        ("serve", "bench, serve nvme or info"),
+        ("bench --device 0000:01:00", "DOMAIN:BUS:DEVICE.FUNCTION"),
+        ("serve", "bench or serve nvme"),
         ("serve nvme", "--socket"),
         ("serve disk --socket x", "disk"),
         ("serve nvme --socket x --lba-size 520", "512 or 4096"),
         ("serve nvme --socket x --size 1000", "multiple"),
         ("info", "vfio-user:PATH"),
         ("info nowhere", "vfio-user:"),
+        ("list 0000:01:20.0", "00 to 1f"),
+        ("list --all 0000:01:00.0", "--all"),
+        ("bind", "BDF"),
+        ("bind nvme0", "DOMAIN:BUS:DEVICE.FUNCTION"),
+        ("bind vfio-user:/x", "DOMAIN:BUS:DEVICE.FUNCTION"),
+        ("unbind", "BDF"),
+        ("unbind 01:00.8", "0 to 7"),
     ] {
         let ended = run(line);
         ended.expect_failure(2, part);
@@ -45,6 +52,9 @@ fn failures_are_status_1() {
     for (line, part) in [
         ("bench --device vfio-user:/nonexistent/socket", "/nonexistent/socket"),
         ("info vfio-user:/nonexistent/socket", "/nonexistent/socket"),
+        ("list --root /nonexistent", "/nonexistent/sys/bus/pci/devices"),
+        ("bind --root /nonexistent 01:00.0", "no PCI device 0000:01:00.0"),
+        ("unbind --root /nonexistent 01:00.0", "no PCI device 0000:01:00.0"),
         ("serve nvme --socket /nonexistent/socket", "/nonexistent/socket"),
         ("serve nvme --socket /tmp/unused.sock --file /nonexistent/disk", "/nonexistent/disk"),
     ] {
@@ -60,6 +70,9 @@ fn help_is_there() {
         ("serve --help", "nvme"),
         ("serve nvme --help", "--socket"),
         ("info --help", "vfio-user:PATH"),
+        ("list --help", "--all"),
+        ("bind --help", "--dry-run"),
+        ("unbind --help", "--dry-run"),
         ("--version", env!("CARGO_PKG_VERSION")),
     ] {
         let ended = run(line);

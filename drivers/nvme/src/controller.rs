@@ -7,7 +7,7 @@ use std::{
 };
 
 use vfio_uring::{
-    device::{Bar, Device},
+    device::{Bar, Device, Interrupt, Irq},
     dma::{HugePages, Pool},
     reactor::{PollerGuard, register_poller, sleep},
 };
@@ -89,7 +89,8 @@ impl Controller {
         }
         disable(&bar, cap).await?;
         let slots = ADMIN_SLOTS.min(cap.max_queue_entries() as usize - 1);
-        let admin = Rc::new(new_pair(device, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?);
+        let parts = parts(device, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?;
+        let admin = Rc::new(QueuePair::new(parts)?);
         let (asq, acq) = admin.ring_iovas();
         bar.write::<u32>(register::AQA, (slots as u32) << 16 | slots as u32).await?;
         bar.write::<u64>(register::ASQ, asq).await?;
@@ -135,12 +136,27 @@ impl Controller {
     }
 
     /// Makes an I/O queue on which `depth` commands can be outstanding; fewer, if the controller's queues are shorter. Its
-    /// completions are polled for by the reactor of this thread.
+    /// completions are polled for by the reactor of this thread, with naps between the looks when nothing comes for a while.
     ///
     /// # Errors
     /// [`vfio_uring::Error::Invalid`] for a depth of 0 or above [`MAX_SLOTS`], or when all queues are in use; [`Error::Status`]
     /// from the controller.
     pub async fn create_queue(&self, depth: usize) -> Result<Queue> {
+        self.make_queue(depth, false).await
+    }
+
+    /// [`Controller::create_queue`], with an interrupt: while commands are outstanding and the reactor does not poll (see
+    /// [`Idle`](vfio_uring::reactor::Idle)), it sleeps until the controller signals a completion. Each batch of completions costs
+    /// the controller that signal, also while they are polled for.
+    ///
+    /// # Errors
+    /// As of [`Controller::create_queue`]; [`vfio_uring::Error::Unsupported`] when the device has neither MSI-X nor MSI, or too few
+    /// vectors: queue n has vector n.
+    pub async fn create_interrupt_queue(&self, depth: usize) -> Result<Queue> {
+        self.make_queue(depth, true).await
+    }
+
+    async fn make_queue(&self, depth: usize, interrupt: bool) -> Result<Queue> {
         let inner = &*self.0;
         if !(1..=MAX_SLOTS).contains(&depth) {
             return Err(Error::invalid(format!("a queue depth of {depth}: it can be 1 to {MAX_SLOTS}")));
@@ -153,13 +169,20 @@ impl Controller {
         inner.next_queue.set(id + 1);
         let slots = depth.min(inner.cap.max_queue_entries() as usize - 1);
         let max_transfer = inner.info.max_transfer;
-        let pair = Rc::new(new_pair(&inner.device, &inner.bar, inner.cap, id, slots, max_transfer, &inner.options).await?);
+        let mut parts = parts(&inner.device, &inner.bar, inner.cap, id, slots, max_transfer, &inner.options).await?;
+        // Interrupts, and the vector.
+        let mut cq_flags = 0;
+        if interrupt {
+            parts.interrupt = Some(vector(&inner.device, id.into()).await?);
+            cq_flags = u32::from(id) << 16 | 1 << 1;
+        }
+        let pair = Rc::new(QueuePair::new(parts)?);
         inner.queues.borrow_mut().push(pair.clone());
         let (sq, cq) = pair.ring_iovas();
         let size_and_id = (slots as u32) << 16 | u32::from(id);
         let create = |opcode: u8, iova: u64, dword11: u32| Sqe::new(opcode, 0).prps(iova, 0).dwords10(size_and_id, dword11);
-        // Physically contiguous, no interrupt; the submission queue is served by the completion queue of the same number.
-        crate::command::run(&inner.admin, create(admin::CREATE_CQ, cq, 1), None).await.0?;
+        // Physically contiguous; the submission queue is served by the completion queue of the same number.
+        crate::command::run(&inner.admin, create(admin::CREATE_CQ, cq, 1 | cq_flags), None).await.0?;
         crate::command::run(&inner.admin, create(admin::CREATE_SQ, sq, 1 | u32::from(id) << 16), None).await.0?;
         Ok(Queue::new(pair, inner.namespaces.clone(), Some(self.clone())))
     }
@@ -252,7 +275,14 @@ fn deadline(cap: Cap) -> Instant {
     Instant::now() + Duration::from_millis(cap.timeout_ms())
 }
 
-async fn new_pair(
+/// An interrupt vector.
+async fn vector(device: &Device, number: u32) -> Result<Interrupt> {
+    let irq = if device.irq(Irq::MsiX).count != 0 { Irq::MsiX } else { Irq::Msi };
+    let mut vectors = device.interrupts(irq, number, 1).await?;
+    vectors.pop().ok_or_else(|| Error::controller(format!("gave no {irq:?} vector {number}")))
+}
+
+async fn parts(
     device: &Device,
     bar: &Bar,
     cap: Cap,
@@ -260,11 +290,11 @@ async fn new_pair(
     slots: usize,
     max_transfer: usize,
     options: &Options,
-) -> Result<QueuePair> {
+) -> Result<Parts> {
     let max_transfer = max_transfer.min(MAX_TRANSFER);
     let memory = Pool::new(device.dma(), Parts::memory(slots, max_transfer), HugePages::No).await?;
     let doorbell = |index: u64| bar.posted::<u32>(register::DOORBELLS + (2 * u64::from(id) + index) * cap.doorbell_stride());
-    QueuePair::new(Parts {
+    Ok(Parts {
         id,
         slots,
         memory,
@@ -273,6 +303,7 @@ async fn new_pair(
         cq_doorbell: doorbell(1)?,
         timeout: options.timeout,
         device: Some(device.clone()),
+        interrupt: None,
     })
 }
 

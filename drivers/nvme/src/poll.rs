@@ -1,14 +1,19 @@
-//! The queue's poller: one doorbell a turn, then the completions; and, now and then, a look at the clock.
+//! The queue's poller: one doorbell a turn, then the completions; now and then, a look at the clock; and before the reactor sleeps,
+//! the interrupt, if the queue has one.
 //!
 //! What the controller writes is copied once and checked. A completion that breaks the rules ends the queue.
 
 use std::{
     rc::Rc,
     sync::Arc,
+    task::Poll,
     time::{Duration, Instant},
 };
 
-use vfio_uring::reactor::{Poller, Standby};
+use vfio_uring::{
+    device::Interrupt,
+    reactor::{Poller, Standby},
+};
 
 use crate::{
     Error,
@@ -45,7 +50,13 @@ impl Poller for QueuePair {
     fn standby(&self) -> Standby {
         self.ring_cq();
         self.look_at_clock(Instant::now());
-        if self.outstanding() == 0 || self.dead.get() { Standby::Idle } else { Standby::Polled }
+        if self.outstanding() == 0 || self.dead.get() {
+            return Standby::Idle;
+        }
+        match &mut *self.interrupt.borrow_mut() {
+            Some(interrupt) => self.arm(interrupt),
+            None => Standby::Polled,
+        }
     }
 }
 
@@ -81,6 +92,19 @@ impl QueuePair {
             // A controller may complete what it was not told of yet.
             self.in_flight.set(self.in_flight.get().wrapping_sub(taken));
             self.cq_doorbell.write(self.cq_head.get());
+        }
+    }
+
+    /// Waits for the interrupt: what was there before it was armed is found by the look after it.
+    fn arm(&self, interrupt: &mut Interrupt) -> Standby {
+        match interrupt.poll_idle() {
+            Poll::Ready(Ok(())) => Standby::Found,
+            Poll::Ready(Err(error)) => {
+                self.end(error.into());
+                Standby::Found
+            }
+            Poll::Pending if self.has_completion() => Standby::Found,
+            Poll::Pending => Standby::Armed(Some(self.next_tick.get())),
         }
     }
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use vfio_uring::{
-    device::{Device, Posted},
+    device::{Device, Interrupt, Posted},
     dma::{DmaBuf, DmaRing, Pool},
     reactor::TaskRef,
 };
@@ -51,6 +51,9 @@ pub struct Parts {
     pub timeout: Duration,
     /// Tells when the device is gone.
     pub device: Option<Device>,
+    /// What the controller signals for completions, if it does: a reactor that would sleep then waits for it, instead of looking
+    /// at the queue now and then.
+    pub interrupt: Option<Interrupt>,
 }
 
 impl Parts {
@@ -194,6 +197,7 @@ pub(crate) struct QueuePair {
     pub(crate) next_tick: Cell<Instant>,
     pub(crate) timeout: Duration,
     pub(crate) device: Option<Device>,
+    pub(crate) interrupt: RefCell<Option<Interrupt>>,
     pub(crate) dead: Cell<bool>,
     pub(crate) ended: RefCell<Option<Arc<Error>>>,
     /// The controller is proven not to touch the queue's memory, nor that of its commands, any more.
@@ -202,7 +206,7 @@ pub(crate) struct QueuePair {
 
 impl QueuePair {
     pub(crate) fn new(parts: Parts) -> Result<Self> {
-        let Parts { id, slots: count, memory, max_transfer, sq_doorbell, cq_doorbell, timeout, device } = parts;
+        let Parts { id, slots: count, memory, max_transfer, sq_doorbell, cq_doorbell, timeout, device, interrupt } = parts;
         if !(1..=MAX_SLOTS).contains(&count) {
             return Err(Error::invalid(format!("a queue of {count} slots: it can have 1 to {MAX_SLOTS}")));
         }
@@ -262,6 +266,7 @@ impl QueuePair {
             next_tick: Cell::new(Instant::now()),
             timeout,
             device,
+            interrupt: RefCell::new(interrupt),
             dead: Cell::new(false),
             ended: RefCell::new(None),
             quiesced: Cell::new(false),

@@ -83,6 +83,21 @@ impl Interrupt {
         &self.fd
     }
 
+    /// Has the reactor wake up from its sleep at the next interrupt, with no task to wake: for [`Poller::standby`]. `Ready` when there
+    /// was one since the last look, so that the queue is to be looked at again.
+    ///
+    /// # Errors
+    /// The error that ended the device.
+    ///
+    /// [`Poller::standby`]: crate::reactor::Poller::standby
+    pub fn poll_idle(&mut self) -> Poll<Result<()>> {
+        match self.poll.poll_idle() {
+            Poll::Ready(Ok(_)) => Poll::Ready(Ok(())),
+            Poll::Ready(Err(error)) => Poll::Ready(Err(Error::io("polling an interrupt's eventfd", error))),
+            Poll::Pending => self.device.connection.cause().map_or(Poll::Pending, |cause| Poll::Ready(Err(cause))),
+        }
+    }
+
     /// Waits for an interrupt and gives how many there were since this was called last.
     ///
     /// # Errors

@@ -143,7 +143,9 @@ impl Device {
     }
 
     async fn open_inner(address: &Address, options: &Options) -> Result<Self> {
-        let Address::User(path) = address;
+        let Address::User(path) = address else {
+            return Err(Error::Unsupported { what: format!("opening {address}, a device of the kernel's VFIO") });
+        };
         let connection = Connection::connect(path, options.deadline, options.max_outstanding).await?;
         let info = connection.device_info().await?;
         let mut regions = Vec::new();

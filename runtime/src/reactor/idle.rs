@@ -35,6 +35,17 @@ const NAP_MAX: Duration = Duration::from_millis(1);
 /// A sleep that ends sooner than this was not worth its two system calls.
 const SHORT_SLEEP: Duration = Duration::from_micros(30);
 
+/// What a turn comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Work was found.
+    Busy,
+    /// Nothing was found, and the next turn should follow at once.
+    Look,
+    /// Nothing was found: sleep until an event, a wake, a timer, or for so long.
+    Sleep(Option<Duration>),
+}
+
 /// The state of the waiting of one `block_on`.
 pub(super) struct Waiting {
     mode: Idle,
@@ -47,12 +58,14 @@ pub(super) struct Waiting {
     nap: Duration,
     /// Somebody else had the core since work was found last, as long as a peer that waits the same way has it.
     shared: bool,
+    /// Since when the reactor sleeps, when it is not a nap.
+    asleep: Option<Instant>,
 }
 
 impl Waiting {
     pub(super) fn new(mode: Idle) -> Self {
         let one_core = thread::available_parallelism().is_ok_and(|n| n.get() == 1);
-        Self { mode, one_core, turns: 0, looks: 0, budget: SPIN_START, nap: NAP_MIN, shared: false }
+        Self { mode, one_core, turns: 0, looks: 0, budget: SPIN_START, nap: NAP_MIN, shared: false, asleep: None }
     }
 
     /// A turn that found work.
@@ -71,8 +84,8 @@ impl Waiting {
         }
     }
 
-    /// A turn that found nothing.
-    pub(super) fn idle_turn(&mut self, local: &Local) {
+    /// A turn that found nothing. After [`Turn::Sleep`], [`Waiting::woke`] is called.
+    pub(super) fn idle_turn(&mut self, local: &Local) -> Turn {
         self.looks = self.looks.saturating_add(1);
         let spin = match self.mode {
             Idle::Spin => true,
@@ -85,24 +98,25 @@ impl Waiting {
             } else {
                 std::hint::spin_loop();
             }
-            return;
+            return Turn::Look;
         }
         local.service_ring();
         if !local.ready.is_empty() {
-            return;
+            return Turn::Look;
         }
         let standby = local.pollers.standby();
         // What a poller found out while it looked once more may have woken tasks.
         if !local.ready.is_empty() {
-            return;
+            return Turn::Look;
         }
-        let start = match standby {
-            Standby::Found => return,
+        let limit = match standby {
+            Standby::Found => return Turn::Look,
             Standby::Polled if self.looks <= self.budget.saturating_add(YIELDS) => {
                 let start = Instant::now();
                 thread::yield_now();
                 self.shared |= PEER_TURN.contains(&start.elapsed());
-                return local.fire_timers();
+                local.fire_timers();
+                return Turn::Look;
             }
             Standby::Polled => {
                 if self.nap == NAP_MIN {
@@ -110,28 +124,27 @@ impl Waiting {
                 }
                 let nap = self.nap;
                 self.nap = (nap * 2).min(NAP_MAX);
-                return park(local, Some(nap));
+                return Turn::Sleep(Some(nap));
             }
-            Standby::Armed(until) => {
-                let start = Instant::now();
-                park(local, until.map(|at| at.saturating_duration_since(start)));
-                start
-            }
-            Standby::Idle => {
-                let start = Instant::now();
-                park(local, None);
-                start
-            }
+            Standby::Armed(until) => until.map(|at| at.saturating_duration_since(Instant::now())),
+            Standby::Idle => None,
         };
-        // A short sleep would have been a spin that pays, a long one was right.
-        self.budget =
-            if start.elapsed() < SHORT_SLEEP { self.budget * 2 } else { self.budget / 2 }.clamp(SPIN_MIN, SPIN_MAX);
-        self.looks = 0;
+        self.asleep = Some(Instant::now());
+        Turn::Sleep(limit)
+    }
+
+    /// The sleep has ended: a short one would have been a spin that pays, a long one was right.
+    pub(super) fn woke(&mut self) {
+        if let Some(since) = self.asleep.take() {
+            let short = since.elapsed() < SHORT_SLEEP;
+            self.budget = if short { self.budget * 2 } else { self.budget / 2 }.clamp(SPIN_MIN, SPIN_MAX);
+            self.looks = 0;
+        }
     }
 }
 
 /// Sleeps in the kernel until a completion, a wake, a timer, or `limit`.
-fn park(local: &Local, limit: Option<Duration>) {
+pub(super) fn park(local: &Local, limit: Option<Duration>) {
     let timer = local.timers.borrow().next().map(|at| at.saturating_duration_since(Instant::now()));
     let limit = match (limit, timer) {
         (Some(a), Some(b)) => Some(a.min(b)),

@@ -21,6 +21,8 @@
 //! # Ok::<(), vfio_uring::Error>(())
 //! ```
 
+#[cfg(feature = "tokio")]
+mod guest;
 mod idle;
 mod inbox;
 mod join;
@@ -30,9 +32,12 @@ mod poller;
 mod ring;
 mod task;
 mod timer;
+mod watch;
 
 use std::{cell::RefCell, fmt, future::Future, marker::PhantomData, pin::pin, rc::Rc, task::Poll, time::Instant};
 
+#[cfg(feature = "tokio")]
+pub use guest::Guest;
 pub use idle::Idle;
 pub use join::{Cancelled, JoinHandle, spawn, yield_now};
 pub use poller::{Poller, PollerGuard, Standby, register_poller};
@@ -40,9 +45,9 @@ pub use task::TaskRef;
 pub use timer::{Elapsed, Sleep, sleep, sleep_until, timeout};
 
 use crate::{Error, Result};
-use idle::Waiting;
+use idle::{Turn, Waiting};
 use poller::Pollers;
-use ring::{Ring, SharedRing};
+use ring::{Owner, Ring, SharedRing};
 use task::{Core, Header, ReadyList, with_waker};
 use timer::Timers;
 
@@ -57,6 +62,8 @@ pub(crate) struct Local {
     pub(crate) ring: SharedRing,
     pub(crate) timers: RefCell<Timers>,
     pub(crate) pollers: Pollers,
+    /// A task without a future: to wake it is to wake the reactor.
+    pub(crate) nobody: &'static Header,
 }
 
 impl fmt::Debug for Local {
@@ -67,6 +74,7 @@ impl fmt::Debug for Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
+        self.ready.core.free_header(self.nobody);
         self.ready.core.release();
     }
 }
@@ -129,8 +137,12 @@ impl Builder {
     /// # Errors
     /// [`Error::NoIoUring`] where the kernel or a sandbox refuses.
     pub fn build(self) -> Result<Reactor> {
+        self.build_for(Owner::Reactor)
+    }
+
+    fn build_for(self, owner: Owner) -> Result<Reactor> {
         let core = Core::take()?;
-        let ring = match Ring::new(self.entries, &core.event) {
+        let ring = match Ring::new(self.entries, owner, &core.event) {
             Ok(ring) => ring,
             Err(error) => {
                 core.release();
@@ -142,6 +154,7 @@ impl Builder {
             ring: RefCell::new(ring),
             timers: RefCell::default(),
             pollers: Pollers::default(),
+            nobody: core.new_header(),
         });
         Ok(Reactor { local, idle: self.idle, _not_send: PhantomData })
     }
@@ -181,14 +194,23 @@ impl Reactor {
                     self.local.pollers.poll();
                     return output;
                 }
-                self.turn(&mut waiting);
+                if let Turn::Sleep(limit) = self.turn(&mut waiting) {
+                    idle::park(&self.local, limit);
+                    waiting.woke();
+                }
             }
         })
     }
 
+    /// Runs `body` with this reactor as the thread's current one.
+    fn within<T>(&self, body: impl FnOnce() -> T) -> T {
+        let _current = SetCurrent::replace(self.local.clone());
+        self.local.ready.enter(body)
+    }
+
     /// The part of a turn after the tasks.
     #[inline]
-    fn turn(&self, waiting: &mut Waiting) {
+    fn turn(&self, waiting: &mut Waiting) -> Turn {
         let local = &*self.local;
         let found = local.pollers.poll();
         if !local.ready.core.inbox.is_empty() {
@@ -203,13 +225,20 @@ impl Reactor {
         }
         if found || !local.ready.is_empty() {
             waiting.found_work();
+            Turn::Busy
         } else {
-            waiting.idle_turn(local);
+            waiting.idle_turn(local)
         }
     }
 }
 
 impl Local {
+    /// Whether the reactor runs in somebody else's event loop.
+    #[cfg(feature = "tokio")]
+    fn is_guest(&self) -> bool {
+        self.ring.borrow().is_guest()
+    }
+
     fn drain_inbox(&self) {
         self.ready.core.inbox.drain(|node| self.ready.push(Header::of(node)));
     }
@@ -233,9 +262,8 @@ impl Local {
 
 impl Drop for Reactor {
     fn drop(&mut self) {
-        let _current = SetCurrent::replace(self.local.clone());
-        let local = &self.local;
-        local.ready.enter(|| local.ready.core.drop_tasks());
+        let local = &*self.local;
+        self.within(|| local.ready.core.drop_tasks());
         local.pollers.clear();
         local.ready.clear();
     }

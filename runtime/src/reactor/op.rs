@@ -14,15 +14,17 @@ use std::{
     task::{Context, Poll},
 };
 
-use futures::Stream;
 use io_uring::{opcode, squeue, types};
 
-pub use super::message::{MAX_FDS, Received};
 use super::{
     Local, current,
     message::{Message, to_io},
-    ring::{Multi, OpId, Owned},
+    ring::{OpId, Owned},
     task::TaskRef,
+};
+pub use super::{
+    message::{MAX_FDS, Received},
+    watch::{MultishotPoll, poll_multishot},
 };
 
 /// A one-shot operation under way.
@@ -143,59 +145,5 @@ pub async fn recv(fd: &Arc<OwnedFd>, buf: Vec<u8>, max_fds: usize) -> (io::Resul
     match owned {
         Owned::Message(mut message) => (result.map(|n| message.received(n)), message.into_bytes()),
         owned => (result.and(Err(io::ErrorKind::InvalidData.into())), buffer(owned)),
-    }
-}
-
-/// A multishot poll: an item each time that events came since the last one. See [`poll_multishot`].
-pub struct MultishotPoll {
-    local: Rc<Local>,
-    fd: Arc<OwnedFd>,
-    events: u32,
-    id: Option<OpId>,
-}
-
-/// Watches `fd` with one multishot POLL_ADD: an item is the poll(2) events since the last item, and means "look at the
-/// object". It is edge-like: what was there before is reported once, and nothing need be read to hear of what comes later.
-/// The kernel may end it (its completion queue was full, say); it is armed again by itself.
-pub fn poll_multishot(fd: &Arc<OwnedFd>, events: u32) -> MultishotPoll {
-    MultishotPoll { local: current("a multishot poll"), fd: fd.clone(), events, id: None }
-}
-
-impl MultishotPoll {
-    fn arm(&self) -> OpId {
-        let target = types::Fd(self.fd.as_raw_fd());
-        let entry = |_: &mut Owned| opcode::PollAdd::new(target, self.events).multi(true).build();
-        // SAFETY: a poll points to nothing.
-        unsafe { self.local.ring.borrow_mut().start(Some(self.fd.clone()), Owned::Nothing, true, entry) }
-    }
-}
-
-impl Stream for MultishotPoll {
-    type Item = io::Result<u32>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        loop {
-            let id = self.id.unwrap_or_else(|| self.arm());
-            self.id = Some(id);
-            let look = self.local.ring.borrow_mut().look(id, TaskRef::current(cx));
-            match look {
-                Multi::Events(events) => return Poll::Ready(Some(Ok(events))),
-                Multi::Nothing => return Poll::Pending,
-                Multi::Ended(result) => {
-                    self.id = None;
-                    if result < 0 {
-                        return Poll::Ready(Some(Err(io::Error::from_raw_os_error(-result))));
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl Drop for MultishotPoll {
-    fn drop(&mut self) {
-        if let Some(id) = self.id.take() {
-            self.local.ring.borrow_mut().orphan(id);
-        }
     }
 }

@@ -8,6 +8,9 @@ use std::{cell::RefCell, io, mem, os::fd::AsRawFd, os::fd::OwnedFd, sync::Arc, t
 use io_uring::{IoUring, opcode, squeue, types};
 use slab::Slab;
 
+#[cfg(feature = "tokio")]
+mod alarm;
+
 use super::{message::Message, task::TaskRef};
 use crate::{Error, Result};
 
@@ -76,34 +79,63 @@ pub(crate) enum Multi {
     Nothing,
 }
 
+/// Who enters the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// A reactor, which sleeps in it.
+    Reactor,
+    /// A guest: the ring's descriptor is in the host's event loop. One with DEFER_TASKRUN would never wake that.
+    #[cfg(feature = "tokio")]
+    Guest,
+}
+
 pub(crate) struct Ring {
     ring: IoUring,
     slots: Slab<Slot>,
     generation: u32,
+    #[cfg(feature = "tokio")]
+    owner: Owner,
     wake_fd: i32,
+    #[cfg(feature = "tokio")]
+    alarm: alarm::Alarm,
 }
 
 impl Ring {
     /// Sets a ring up with the best flags that the kernel takes: DEFER_TASKRUN needs 6.1, COOP_TASKRUN 5.19, EXT_ARG and
     /// multishot poll 5.13.
-    pub(crate) fn new(entries: u32, wake_fd: &OwnedFd) -> Result<Self> {
-        let deferred = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_coop_taskrun()
-            .setup_taskrun_flag()
-            .setup_clamp()
-            .build(entries);
-        let ring = deferred
-            .or_else(|_| IoUring::builder().setup_coop_taskrun().setup_taskrun_flag().setup_clamp().build(entries))
-            .or_else(|_| IoUring::builder().setup_clamp().build(entries))
-            .map_err(|source| Error::NoIoUring { source: Arc::new(source) })?;
+    pub(crate) fn new(entries: u32, owner: Owner, wake_fd: &OwnedFd) -> Result<Self> {
+        let plain = || IoUring::builder().setup_clamp().build(entries);
+        let ring = match owner {
+            Owner::Reactor => IoUring::builder()
+                .setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_coop_taskrun()
+                .setup_taskrun_flag()
+                .setup_clamp()
+                .build(entries)
+                .or_else(|_| IoUring::builder().setup_coop_taskrun().setup_taskrun_flag().setup_clamp().build(entries))
+                .or_else(|_| plain()),
+            #[cfg(feature = "tokio")]
+            Owner::Guest => plain(),
+        };
+        let ring = ring.map_err(|source| Error::NoIoUring { source: Arc::new(source) })?;
         if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
             let source = io::Error::new(io::ErrorKind::Unsupported, "the kernel's io_uring is too old");
             return Err(Error::NoIoUring { source: Arc::new(source) });
         }
-        let mut this = Self { ring, slots: Slab::new(), generation: 0, wake_fd: wake_fd.as_raw_fd() };
-        this.arm_wake();
+        let mut this = Self {
+            ring,
+            slots: Slab::new(),
+            generation: 0,
+            #[cfg(feature = "tokio")]
+            owner,
+            wake_fd: wake_fd.as_raw_fd(),
+            #[cfg(feature = "tokio")]
+            alarm: alarm::Alarm::default(),
+        };
+        if owner == Owner::Reactor {
+            this.arm_wake();
+        }
         Ok(this)
     }
 
@@ -211,6 +243,8 @@ impl Ring {
             let more = io_uring::cqueue::more(cqe.flags());
             match cqe.user_data() {
                 CANCEL => {}
+                #[cfg(feature = "tokio")]
+                alarm::ALARM => self.alarm.rang(),
                 WAKE => rearm |= !more,
                 data => complete(&mut self.slots, data, cqe.result(), more),
             }
@@ -224,15 +258,20 @@ impl Ring {
     /// Whether an `enter` or a reap would get anything done.
     #[inline]
     pub(crate) fn wants_service(&mut self) -> bool {
+        self.wants_enter() || !self.ring.completion().is_empty()
+    }
+
+    #[inline]
+    fn wants_enter(&mut self) -> bool {
         let submission = self.ring.submission();
-        let wants = submission.taskrun() || submission.cq_overflow() || !submission.is_empty();
-        drop(submission);
-        wants || !self.ring.completion().is_empty()
+        submission.taskrun() || submission.cq_overflow() || !submission.is_empty()
     }
 
     /// Submits, lets the kernel run its deferred work, and reaps, without waiting.
     pub(crate) fn turn(&mut self) -> Result<usize> {
-        self.enter(None)?;
+        if self.wants_enter() {
+            self.enter(None)?;
+        }
         Ok(self.reap())
     }
 
@@ -291,6 +330,27 @@ fn complete(slots: &mut Slab<Slot>, data: u64, result: i32, more: bool) {
         }
         State::Orphaned if !more => slots.remove(index).discard(result),
         State::Orphaned | State::Done(_) => {}
+    }
+}
+
+#[cfg(feature = "tokio")]
+impl Ring {
+    pub(crate) fn is_guest(&self) -> bool {
+        self.owner == Owner::Guest
+    }
+
+    /// Another descriptor of the ring, for the host's event loop.
+    pub(crate) fn duplicate_fd(&self) -> Result<OwnedFd> {
+        // SAFETY: the descriptor is open for as long as the ring.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
+        rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(|error| Error::io("duplicating the ring's descriptor", error))
+    }
+
+    /// Makes the ring's descriptor ready at once.
+    pub(crate) fn ring_bell(&mut self) -> Result<()> {
+        // SAFETY: a NOP points to nothing.
+        unsafe { self.push(&opcode::Nop::new().build().user_data(CANCEL)) };
+        self.enter(None)
     }
 }
 

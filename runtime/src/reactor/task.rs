@@ -32,6 +32,9 @@ pub(crate) struct Core {
     pub(crate) inbox: Inbox,
     /// Written once for a wake of a sleeping reactor; polled, never read.
     pub(crate) event: OwnedFd,
+    /// The task of the host, while a guest sleeps: it is woken instead.
+    #[cfg(feature = "tokio")]
+    pub(crate) host: futures::task::AtomicWaker,
     taken: AtomicBool,
     /// Every header of the core. Touched by the reactor that took the core only.
     headers: RefCell<Vec<&'static Header>>,
@@ -60,6 +63,8 @@ impl Core {
         let core = Box::leak(Box::new(Self {
             inbox: Inbox::new(),
             event,
+            #[cfg(feature = "tokio")]
+            host: futures::task::AtomicWaker::new(),
             taken: AtomicBool::new(true),
             headers: RefCell::default(),
             free: RefCell::default(),
@@ -116,6 +121,10 @@ impl Core {
 
     /// Wakes the reactor out of its sleep.
     pub(crate) fn notify(&self) {
+        #[cfg(feature = "tokio")]
+        if let Some(host) = self.host.take() {
+            return host.wake();
+        }
         // A full counter (EAGAIN) is readable already.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
