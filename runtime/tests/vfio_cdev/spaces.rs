@@ -2,7 +2,7 @@
 
 use vfio_uring::{
     Error,
-    dma::IovaRange,
+    dma::{IovaRange, overlaps},
     transport::{
         cdev::Pasid,
         iommufd::{Access, Hwpt, HwptFlags, Ioas, IommufdFd, Memlock},
@@ -58,6 +58,9 @@ fn what_is_mapped_or_promised_keeps_a_device_out() {
     // SAFETY: no device does DMA here.
     unsafe { ioas.map((&raw mut memory[0]).cast(), PAGE, MSI.0, Access::Read) }.unwrap();
     attach();
+    let (mapping, msi) = (IovaRange { start: MSI.0, last: MSI.0 + PAGE - 1 }, IovaRange { start: MSI.0, last: MSI.1 });
+    assert_eq!(device.reserved(), [msi]);
+    assert_eq!(overlaps([mapping].into_iter(), device.reserved()), Some((mapping, msi)));
     ioas.unmap(MSI.0, PAGE).unwrap();
     device.attach(&ioas).unwrap();
 

@@ -63,7 +63,11 @@ use super::{
     iommufd::{Hwpt, Ioas, IommufdFd},
     vfio::{DeviceFd, VfToken, ioctl},
 };
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    dma::IovaRange,
+    pci::{Bdf, sysfs::Pci},
+};
 
 const BIND: u32 = ioctl::request(100 + 18);
 const ATTACH: u32 = ioctl::request(100 + 19);
@@ -106,6 +110,7 @@ impl Pasid {
 pub struct Unbound {
     fd: OwnedFd,
     name: Arc<str>,
+    reserved: Vec<IovaRange>,
 }
 
 /// A bind that failed, and the device: to try again.
@@ -142,15 +147,17 @@ impl Unbound {
                 "{name} is not the character device of a VFIO device: see /dev/vfio/devices"
             )));
         }
-        Ok(Self { fd, name: name.into() })
+        Ok(Self { fd, name: name.into(), reserved: Vec::new() })
     }
 
     /// Opens the device of a PCI function, as `0000:01:00.0`, which must be bound to a driver of VFIO.
     ///
     /// # Errors
-    /// [`Error::NotReady`] for what is missing, with the remedy, and as [`Unbound::open`].
+    /// [`Error::Address`] for what is no PCI address, [`Error::NotReady`] for what is missing, with the remedy, and those of
+    /// [`Pci::device`] and [`Unbound::open`].
     pub fn find(bdf: &str) -> Result<Self> {
-        let found = find::find("/".as_ref(), bdf)?;
+        let bdf: Bdf = bdf.parse()?;
+        let found = find::find(&Pci::system().device(bdf)?)?;
         let mut device = Self::open(&found.node)?;
         let stat = fs::fstat(&device.fd).map_err(|errno| Error::io(format!("fstat of {}", device.name), errno))?;
         let dev = (fs::major(stat.st_rdev), fs::minor(stat.st_rdev));
@@ -163,6 +170,7 @@ impl Unbound {
             });
         }
         device.name = format!("{bdf} ({})", device.name).into();
+        device.reserved = found.reserved;
         Ok(device)
     }
 
@@ -191,9 +199,13 @@ impl Unbound {
         // SAFETY: the struct is that of the request, of at least `argsz` bytes; the pointer, where its flag is set, is to the 16
         // bytes of a token that lives beyond the call.
         match unsafe { ioctl::with_struct(&self.fd, BIND, &mut arg) } {
-            Ok(_) => {
-                Ok(Bound { device: DeviceFd::new(self.fd), id: arg.out_devid, context: context.clone(), name: self.name })
-            }
+            Ok(_) => Ok(Bound {
+                device: DeviceFd::new(self.fd),
+                id: arg.out_devid,
+                context: context.clone(),
+                name: self.name,
+                reserved: self.reserved,
+            }),
             Err(errno) => Err(BindError { error: refusal::bind(errno, &self.name, token.is_some()), device: self }),
         }
     }
@@ -215,6 +227,7 @@ pub struct Bound {
     id: u32,
     context: IommufdFd,
     name: Arc<str>,
+    reserved: Vec<IovaRange>,
 }
 
 impl Bound {
@@ -238,6 +251,12 @@ impl Bound {
         &self.name
     }
 
+    /// I/O virtual addresses that no memory may be mapped at while the device is attached, as sysfs tells of its IOMMU group. Not
+    /// known, and so empty, for a device that was opened by the path of its node.
+    pub fn reserved(&self) -> &[IovaRange] {
+        &self.reserved
+    }
+
     /// Lets the device do DMA to what is mapped in `ioas`, now and later; attached to something else already, it is switched over
     /// in one step. The id of the page table that the kernel chose.
     ///
@@ -248,7 +267,8 @@ impl Bound {
     /// # Errors
     /// On any error what was attached before stays so.
     /// - [`Error::Conflict`]: a reserved region of this device overlaps an address that is mapped or
-    ///   [allowed](Ioas::allow_iovas). The kernel does not say which; [`overlaps`](crate::dma::overlaps) finds out.
+    ///   [allowed](Ioas::allow_iovas). The kernel does not say which;
+    ///   [`overlaps`](crate::dma::overlaps) with [`Bound::reserved`] does.
     /// - [`Error::Io`] with EBUSY: it, or a device of its group, is being reset: try again after it.
     /// - [`Error::Invalid`]: the space is not of the device's context, or the rest of its group is attached elsewhere.
     /// - [`Error::Exhausted`]: the memory that is mapped can't be pinned within RLIMIT_MEMLOCK.
