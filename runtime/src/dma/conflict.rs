@@ -35,6 +35,25 @@ pub fn conflicts(live: impl Iterator<Item = IovaRange>, allowed: &[IovaRange]) -
     })
 }
 
+/// The first of the `live` mappings that overlaps one of the `reserved` regions, and that region: [`conflicts`] by what is
+/// forbidden instead of by what is allowed, for a device that is not attached yet.
+///
+/// ```
+/// use vfio_uring::dma::{IovaRange, overlaps};
+///
+/// let msi = IovaRange { start: 0xfee0_0000, last: 0xfeef_ffff };
+/// let mapping = IovaRange { start: 0xfeef_f000, last: 0xff00_0fff };
+/// assert_eq!(overlaps([mapping].into_iter(), &[msi]), Some((mapping, msi)));
+/// ```
+pub fn overlaps(live: impl Iterator<Item = IovaRange>, reserved: &[IovaRange]) -> Option<(IovaRange, IovaRange)> {
+    live.filter(|mapping| mapping.start <= mapping.last).find_map(|mapping| {
+        let region = reserved
+            .iter()
+            .find(|region| region.start <= region.last && region.start <= mapping.last && mapping.start <= region.last)?;
+        Some((mapping, *region))
+    })
+}
+
 /// The same addresses as sorted ranges with at least one address between them.
 pub(crate) fn joined(ranges: &[IovaRange]) -> Vec<IovaRange> {
     let mut ranges: Vec<_> = ranges.iter().copied().filter(|range| range.start <= range.last).collect();
@@ -59,31 +78,23 @@ mod tests {
     const LOW: u64 = 48;
     const HIGH: u64 = u64::MAX - 47;
 
-    fn addresses() -> impl DoubleEndedIterator<Item = u64> + Clone {
-        (0..LOW).chain(HIGH..=u64::MAX)
-    }
-
-    /// The naive model: looks at every address. What lies between the two ends is allowed when a range spans it.
+    /// The naive model: looks at every address. What lies between the two ends is allowed when a range spans it: LOW stands for
+    /// all of that, since no range and no mapping of the test ends there.
     fn naive(live: &[IovaRange], allowed: &[IovaRange]) -> Option<(IovaRange, IovaRange)> {
         let holds = |range: &IovaRange, at: u64| range.start <= at && at <= range.last;
         let is_allowed = |at: u64| allowed.iter().any(|range| holds(range, at));
-        for mapping in live {
-            // LOW stands for all of the addresses in the middle: no range and no mapping of the test ends there.
-            let mut all = (0..=LOW).chain(HIGH..=u64::MAX);
-            let Some(bad) = all.find(|&at| holds(mapping, at) && !is_allowed(at)) else { continue };
-            let below = (0..=LOW).chain(HIGH..=u64::MAX).rev().skip_while(|&at| at > bad).take_while(|&at| !is_allowed(at));
-            let above = (0..=LOW).chain(HIGH..=u64::MAX).skip_while(|&at| at < bad).take_while(|&at| !is_allowed(at));
-            let (start, last) = (below.last().unwrap(), above.last().unwrap());
+        let all = || (0..=LOW).chain(HIGH..=u64::MAX);
+        live.iter().find_map(|&mapping| {
+            let bad = all().find(|&at| holds(&mapping, at) && !is_allowed(at))?;
+            let start = all().rev().skip_while(|&at| at > bad).take_while(|&at| !is_allowed(at)).last()?;
+            let last = all().skip_while(|&at| at < bad).take_while(|&at| !is_allowed(at)).last()?;
             // A run that ends at the stand-in goes on to the other end of the middle.
-            let last = if last == LOW { HIGH - 1 } else { last };
-            return Some((*mapping, IovaRange { start, last }));
-        }
-        None
+            Some((mapping, IovaRange { start, last: if last == LOW { HIGH - 1 } else { last } }))
+        })
     }
 
     fn address() -> impl Strategy<Value = u64> {
-        let all: Vec<u64> = addresses().collect();
-        prop::sample::select(all)
+        prop::sample::select((0..LOW).chain(HIGH..=u64::MAX).collect::<Vec<_>>())
     }
 
     fn range() -> impl Strategy<Value = IovaRange> {
@@ -102,6 +113,28 @@ mod tests {
             live in prop::collection::vec(range(), 0..6), allowed in prop::collection::vec(range(), 0..8),
         ) {
             prop_assert_eq!(conflicts(live.iter().copied(), &allowed), naive(&live, &allowed));
+        }
+
+        #[test]
+        fn what_is_reserved_is_not_allowed(
+            live in prop::collection::vec(range(), 0..6), reserved in prop::collection::vec(range(), 0..8),
+        ) {
+            // The holes between the regions are what is allowed.
+            let mut allowed = Vec::new();
+            let mut next = Some(0);
+            for region in joined(&reserved) {
+                if let Some(last) = region.start.checked_sub(1) {
+                    allowed.push(IovaRange { start: next.expect("a region starts there"), last });
+                }
+                next = region.last.checked_add(1);
+            }
+            allowed.extend(next.map(|start| IovaRange { start, last: u64::MAX }));
+            let found = overlaps(live.iter().copied(), &reserved);
+            let expected = conflicts(live.iter().copied(), &allowed);
+            prop_assert_eq!(found.map(|(mapping, _)| mapping), expected.map(|(mapping, _)| mapping));
+            if let Some((mapping, region)) = found {
+                prop_assert!(reserved.contains(&region) && region.start <= mapping.last && mapping.start <= region.last);
+            }
         }
 
         #[test]

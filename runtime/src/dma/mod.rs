@@ -36,7 +36,7 @@ pub mod space;
 
 pub use access::Access;
 pub use buf::DmaBuf;
-pub use conflict::conflicts;
+pub use conflict::{conflicts, overlaps};
 pub use iova::{IovaAllocator, IovaRange};
 pub use mapping::Mapping;
 pub use pool::{Pool, PoolStats};
