@@ -2,6 +2,8 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use crate::dma::IovaRange;
+
 /// Why an operation of the runtime failed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -64,6 +66,14 @@ pub enum Error {
         /// What ended it.
         reason: Arc<str>,
     },
+    /// The device, or the platform, has fewer interrupt vectors than were asked for. None of them is enabled.
+    #[error("{asked} interrupt vectors were asked for, {available} are there; ask for fewer")]
+    Vectors {
+        /// As many as were asked for.
+        asked: u32,
+        /// As many as can be had.
+        available: u32,
+    },
     /// The device has no such thing, or can't do this.
     #[error("the device does not support this: {what}")]
     Unsupported {
@@ -88,6 +98,29 @@ pub enum Error {
         /// Which argument, its value and its limits.
         what: String,
     },
+    /// Memory could not be mapped for DMA.
+    #[error("mapping {len:#x} bytes at IOVA {iova:#x}: {reason}")]
+    Map {
+        /// Where the device was to see it.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+        /// Why not.
+        reason: crate::dma::MapRefused,
+    },
+    /// A device can't join the others: it reserves addresses that they use.
+    #[error(
+        "{device} can't be attached: {}; unmap what is there, or keep those addresses free from the start",
+        conflict(mapping, reserved)
+    )]
+    Conflict {
+        /// The device that was to be attached.
+        device: String,
+        /// The mapping that is in the way, where it is known.
+        mapping: Option<IovaRange>,
+        /// The addresses that the device can't use, where they are known.
+        reserved: Option<IovaRange>,
+    },
     /// DMA memory or IOVA space ran out.
     #[error("{what}")]
     Exhausted {
@@ -98,6 +131,18 @@ pub enum Error {
 
 /// The runtime's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn conflict(mapping: &Option<IovaRange>, reserved: &Option<IovaRange>) -> String {
+    let range = |range: &IovaRange| format!("{:#x}-{:#x}", range.start, range.last);
+    match (mapping, reserved) {
+        (Some(mapping), Some(reserved)) => {
+            format!("the mapping at IOVA {} overlaps {}, which it reserves", range(mapping), range(reserved))
+        }
+        (Some(mapping), None) => format!("it reserves some of the mapping at IOVA {}", range(mapping)),
+        (None, Some(reserved)) => format!("it reserves IOVA {}, where something is mapped or allowed", range(reserved)),
+        (None, None) => "a region that it reserves overlaps an IOVA that is mapped or allowed".into(),
+    }
+}
 
 impl Error {
     /// Wraps an I/O error with what was being done.
@@ -113,5 +158,29 @@ impl Error {
     /// An argument that is out of range.
     pub fn invalid(what: impl Into<String>) -> Self {
         Self::Invalid { what: what.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conflict_names_both_sides_where_they_are_known() {
+        let mapping = Some(IovaRange { start: 0xfee0_0000, last: 0xfee0_0fff });
+        let reserved = Some(IovaRange { start: 0xfee0_0000, last: 0xfeef_ffff });
+        for (mapping, reserved, part) in [
+            (
+                mapping,
+                reserved,
+                "the mapping at IOVA 0xfee00000-0xfee00fff overlaps 0xfee00000-0xfeefffff, which it reserves",
+            ),
+            (mapping, None, "it reserves some of the mapping at IOVA 0xfee00000-0xfee00fff"),
+            (None, reserved, "it reserves IOVA 0xfee00000-0xfeefffff, where something is mapped"),
+            (None, None, "a region that it reserves overlaps"),
+        ] {
+            let text = Error::Conflict { device: "0000:01:00.0".into(), mapping, reserved }.to_string();
+            assert!(text.starts_with("0000:01:00.0 can't be attached: ") && text.contains(part), "{text}");
+        }
     }
 }

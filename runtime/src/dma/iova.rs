@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::conflict::joined;
 use crate::{Error, Result};
 
 /// A range of I/O virtual addresses, its last address included: so that it may end at the top of the 64-bit space.
@@ -48,16 +49,7 @@ impl IovaAllocator {
         let granule = granule.checked_next_power_of_two().unwrap_or(1 << 63);
         let mut this =
             Self { granule, free: BTreeMap::new(), by_len: BTreeSet::new(), taken: BTreeMap::new(), free_bytes: 0 };
-        let mut ranges: Vec<_> = ranges.iter().copied().filter(|range| range.start <= range.last).collect();
-        ranges.sort_unstable();
-        let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            match merged.last_mut() {
-                Some(before) if range.start <= before.last.saturating_add(1) => before.last = before.last.max(range.last),
-                _ => merged.push(range),
-            }
-        }
-        for range in merged {
+        for range in joined(ranges) {
             let Some(start) = range.start.max(1).checked_next_multiple_of(granule) else { continue };
             // One past the last whole granule, in a form that can't overflow: the low bits of `last` are all ones there.
             let last = match range.last & (granule - 1) == granule - 1 {

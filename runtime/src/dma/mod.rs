@@ -23,18 +23,24 @@
 //! # Ok::<_, vfio_uring::Error>(()) }).unwrap();
 //! ```
 
+pub mod access;
 pub mod buf;
+pub mod conflict;
 pub mod iova;
 pub mod mapping;
 pub mod pool;
+pub mod refused;
 pub mod ring;
 pub mod shared;
 pub mod space;
 
+pub use access::Access;
 pub use buf::DmaBuf;
+pub use conflict::{conflicts, overlaps};
 pub use iova::{IovaAllocator, IovaRange};
 pub use mapping::Mapping;
 pub use pool::{Pool, PoolStats};
+pub use refused::MapRefused;
 pub use ring::{DmaRing, DmaShared};
 pub use shared::{HugePages, OutOfBounds, SharedMemory};
 pub use space::{AddressSpace, Backend, MappingInfo, SpaceStats, WeakAddressSpace};

@@ -10,15 +10,15 @@ use tempfile::TempDir;
 
 use super::sysfs::Pci;
 
-pub(super) const NVME: &str = "0000:01:00.0";
-pub(super) const NIC: &str = "0000:02:00.0";
+pub(crate) const NVME: &str = "0000:01:00.0";
+pub(crate) const NIC: &str = "0000:02:00.0";
 /// In the group of the NIC.
-pub(super) const NIC1: &str = "0000:02:00.1";
+pub(crate) const NIC1: &str = "0000:02:00.1";
 /// Without a driver.
-pub(super) const EDU: &str = "0000:00:05.0";
+pub(crate) const EDU: &str = "0000:00:05.0";
 
 /// The folder of the machine, with an NVMe disk, a NIC of two functions and a device without a driver.
-pub(super) struct Fake {
+pub(crate) struct Fake {
     dir: TempDir,
     pub pci: Pci,
 }

@@ -21,6 +21,6 @@ pub use obstacle::{Memlock, Obstacle, Obstacles};
 pub use plan::{Outcome, Plan, Step};
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;

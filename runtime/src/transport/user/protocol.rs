@@ -226,6 +226,10 @@ pub struct RegionInfo {
     /// What may be mapped: the sparse areas, or all of it; nothing without the MMAP flag. Inside of the region, each from a
     /// page boundary of the descriptor, ascending, not overlapping.
     pub areas: Vec<Area>,
+    /// Type and subtype of a region that only some devices have; bit 31 of the type: the low half is a PCI vendor.
+    pub type_: Option<(u32, u32)>,
+    /// Whether the areas may hold the MSI-X table. Interrupts are still set up by commands, not by writes to it.
+    pub msix_mappable: bool,
 }
 
 /// `VFIO_REGION_INFO_FLAG_MMAP`.
@@ -264,15 +268,25 @@ pub fn parse_region_info(payload: &[u8], index: u32, argsz: u32, page: u64) -> R
     if flags & REGION_FLAG_MMAP != 0 && size != 0 {
         areas.push(Area { offset: 0, size });
     }
+    let (mut type_, mut msix_mappable) = (None, false);
     let first = if flags & REGION_FLAG_CAPS == 0 { 0 } else { info.cap_offset.get() };
     let chain = wire::capabilities(payload, size_of::<wire::RegionInfo>(), first).map_err(|e| fault(e.to_string()))?;
     for (header, body) in chain {
-        if header.id.get() == wire::CAP_SPARSE_MMAP && flags & REGION_FLAG_MMAP != 0 {
-            let sparse = wire::sparse_areas(body).map_err(|e| fault(e.to_string()))?;
-            areas = check_areas(&sparse, size, offset, page).map_err(fault)?;
+        match header.id.get() {
+            wire::CAP_SPARSE_MMAP if flags & REGION_FLAG_MMAP != 0 => {
+                let sparse = wire::sparse_areas(body).map_err(|e| fault(e.to_string()))?;
+                areas = check_areas(&sparse, size, offset, page).map_err(fault)?;
+            }
+            wire::CAP_TYPE => {
+                let (region, _) =
+                    wire::RegionType::read_from_prefix(body).map_err(|_| fault("its type is cut off".into()))?;
+                type_ = Some((region.kind.get(), region.subtype.get()));
+            }
+            wire::CAP_MSIX_MAPPABLE => msix_mappable = true,
+            _ => {}
         }
     }
-    Ok(RegionReply::Complete(RegionInfo { flags, size, offset, areas }))
+    Ok(RegionReply::Complete(RegionInfo { flags, size, offset, areas, type_, msix_mappable }))
 }
 
 fn check_areas(sparse: &[SparseArea], region: u64, base: u64, page: u64) -> Result<Vec<Area>, String> {
@@ -306,6 +320,17 @@ pub struct IrqInfo {
     pub flags: u32,
     /// Number of vectors; 0 = the device has none of this index.
     pub count: u32,
+}
+
+/// `VFIO_IRQ_INFO_NORESIZE`.
+const IRQ_FLAG_NORESIZE: u32 = 8;
+
+impl IrqInfo {
+    /// Whether vectors may be added while others of the index are in use. Elsewhere all of them are disabled first, and then
+    /// enabled anew.
+    pub fn is_resizable(&self) -> bool {
+        self.flags & IRQ_FLAG_NORESIZE == 0
+    }
 }
 
 /// Reads the reply to DEVICE_GET_IRQ_INFO for `index`.

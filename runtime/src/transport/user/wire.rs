@@ -278,6 +278,15 @@ wire_struct! {
     }
 }
 wire_struct! {
+    /// `struct vfio_region_info_cap_type` after its header.
+    RegionType [8] {
+        /// Type.
+        kind: U32,
+        /// Subtype.
+        subtype: U32,
+    }
+}
+wire_struct! {
     /// DEVICE_GET_IRQ_INFO, in the request and the reply.
     IrqInfo [16] {
         /// Size of this structure.
@@ -341,6 +350,10 @@ wire_struct! {
 
 /// Region capability: only the listed areas may be mapped.
 pub const CAP_SPARSE_MMAP: u16 = 1;
+/// Region capability: type and subtype of a region that only some devices have.
+pub const CAP_TYPE: u16 = 2;
+/// Region capability: the MSI-X table may be mapped with the rest.
+pub const CAP_MSIX_MAPPABLE: u16 = 3;
 
 /// The JSON of VERSION.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -35,6 +35,28 @@ fn areas(payload: &[u8]) -> Result<Vec<(u64, u64)>, String> {
 }
 
 #[test]
+fn type_and_msix_capabilities() {
+    let mut payload = region(15, 0x4000, 0, &[(0, 0x1000)]);
+    payload[36..40].copy_from_slice(&64u32.to_le_bytes());
+    payload.extend(CapHeader { id: 2.into(), version: 1.into(), next: 80.into() }.as_bytes());
+    payload.extend(wire::RegionType { kind: 0x8000_8086.into(), subtype: 1.into() }.as_bytes());
+    payload.extend(CapHeader { id: 3.into(), version: 1.into(), next: 0.into() }.as_bytes());
+    let Ok(RegionReply::Complete(info)) = parse_region_info(&payload, 2, REGION_INFO_ARGSZ, PAGE) else { panic!() };
+    assert_eq!((info.type_, info.msix_mappable), (Some((0x8000_8086, 1)), true));
+    assert_eq!(info.areas, [Area { offset: 0, size: 0x1000 }]);
+    // The last capability is a type without room for it.
+    payload[80] = 2;
+    let error = parse_region_info(&payload, 2, REGION_INFO_ARGSZ, PAGE).unwrap_err();
+    assert!(error.to_string().contains("region 2: its type is cut off"), "{error}");
+}
+
+#[test]
+fn vectors_that_may_be_added() {
+    assert!(IrqInfo { flags: 1, count: 65 }.is_resizable());
+    assert!(!IrqInfo { flags: 9, count: 1 }.is_resizable());
+}
+
+#[test]
 fn areas_are_inside_apart_and_at_pages() {
     assert_eq!(areas(&region(7, 0x800, 0, &[])), Ok(vec![(0, 0x800)]));
     assert_eq!(areas(&region(3, 0x800, 0, &[])), Ok(vec![]));

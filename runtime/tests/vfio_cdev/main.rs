@@ -1,0 +1,73 @@
+//! cdev and iommufd of the kernel on a real (emulated) device.
+//!
+//! `VFIO_URING_TEST_BDF` names a PCI function that is bound to vfio-pci, which the tests take over, one after the other;
+//! `VFIO_URING_TEST_BDF2` a second one of another IOMMU group; `VFIO_URING_TEST_EDU` QEMU's edu device, whose DMA is tried. A
+//! test whose device is not named passes without doing anything, and says so.
+
+mod binding;
+mod dma;
+mod mapping;
+mod spaces;
+mod user;
+
+use std::{
+    env,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use vfio_uring::transport::{
+    cdev::{Bound, Unbound},
+    iommufd::{Ioas, IommufdFd},
+};
+
+/// A page of memory that may be mapped.
+#[repr(C, align(4096))]
+struct Page([u8; PAGE as usize]);
+
+const PAGE: u64 = 4096;
+/// Interrupt messages of x86, which no memory is mapped over.
+const MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
+
+/// `pages` zeroed pages.
+fn memory(pages: u64) -> Vec<Page> {
+    (0..pages).map(|_| Page([0; PAGE as usize])).collect()
+}
+
+/// The devices, held by one test at a time.
+struct Devices {
+    bdf: String,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// The device that the variable names.
+fn devices_of(variable: &str) -> Option<Devices> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let Ok(bdf) = env::var(variable) else {
+        eprintln!("skipped: {variable} is not set");
+        return None;
+    };
+    Some(Devices { bdf, _turn: TURN.lock().unwrap_or_else(PoisonError::into_inner) })
+}
+
+fn devices() -> Option<Devices> {
+    devices_of("VFIO_URING_TEST_BDF")
+}
+
+impl Devices {
+    fn open(&self) -> Unbound {
+        Unbound::find(&self.bdf).expect("the device")
+    }
+
+    fn bind(&self, context: &IommufdFd) -> Bound {
+        self.open().bind(context, None).expect("a bound device")
+    }
+
+    /// A device attached to a space of its own.
+    fn attached(&self) -> (Bound, Ioas) {
+        let context = IommufdFd::open().unwrap();
+        let device = self.bind(&context);
+        let ioas = Ioas::alloc(&context).unwrap();
+        device.attach(&ioas).unwrap();
+        (device, ioas)
+    }
+}
