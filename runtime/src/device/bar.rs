@@ -6,7 +6,11 @@ use super::{Area, Region};
 use crate::{
     Error, Result,
     mmio::{Register, Value},
-    transport::user::link::PostedWrite,
+    transport::{
+        Transport,
+        user::{client::Connection, link::PostedWrite},
+        vfio::PostedRegister,
+    },
 };
 
 /// A region of registers. A handle, whose clones are the same.
@@ -97,7 +101,14 @@ impl Bar {
     pub fn posted<T: Value>(&self, offset: u64) -> Result<Posted<T>> {
         let way = match self.find(offset)? {
             Some(register) => Way::Mapped(register),
-            None => Way::Messages(PostedWrite::new(self.region.index(), offset, T::SIZE), self.region.clone()),
+            None => match self.region.transport() {
+                Transport::User(connection) => {
+                    Way::Messages(PostedWrite::new(self.region.index(), offset, T::SIZE), connection.clone())
+                }
+                Transport::Group(attached) | Transport::Cdev(attached) => {
+                    Way::Descriptor(PostedRegister::new(attached.clone(), self.region.place(offset), T::SIZE))
+                }
+            },
         };
         Ok(Posted { way })
     }
@@ -110,14 +121,16 @@ pub struct Posted<T> {
 
 enum Way<T> {
     Mapped(Register<T>),
-    Messages(Rc<PostedWrite>, Region),
+    Messages(Rc<PostedWrite>, Rc<Connection>),
+    Descriptor(Rc<PostedRegister>),
 }
 
 impl<T> Clone for Posted<T> {
     fn clone(&self) -> Self {
         let way = match &self.way {
             Way::Mapped(register) => Way::Mapped(register.clone()),
-            Way::Messages(write, region) => Way::Messages(write.clone(), region.clone()),
+            Way::Messages(write, connection) => Way::Messages(write.clone(), connection.clone()),
+            Way::Descriptor(register) => Way::Descriptor(register.clone()),
         };
         Self { way }
     }
@@ -143,7 +156,8 @@ impl<T: Value> Posted<T> {
     pub fn write(&self, value: T) {
         match &self.way {
             Way::Mapped(register) => register.write_after_dma(value),
-            Way::Messages(write, region) => region.connection().post(write, value.into()),
+            Way::Messages(write, connection) => connection.post(write, value.into()),
+            Way::Descriptor(register) => register.post(value.into()),
         }
     }
 
@@ -157,6 +171,7 @@ impl<T: Value> Posted<T> {
         match &self.way {
             Way::Mapped(_) => None,
             Way::Messages(write, _) => write.take_error(),
+            Way::Descriptor(register) => register.take_error(),
         }
     }
 }

@@ -17,7 +17,7 @@ use super::Inner;
 use crate::{
     Error, Result,
     reactor::op::{self, MultishotPoll},
-    transport::user::link::UntilGone,
+    transport::Gone,
 };
 
 /// Interrupt indices of a PCI device (`VFIO_PCI_*_IRQ_INDEX`).
@@ -42,7 +42,7 @@ pub enum Irq {
 /// It ends with the error that ended the device. Dropping it takes the vector back.
 pub struct Interrupt {
     poll: MultishotPoll,
-    gone: UntilGone,
+    gone: Gone,
     ended: bool,
     fd: Arc<OwnedFd>,
     device: Rc<Inner>,
@@ -64,7 +64,7 @@ impl Interrupt {
         }
         Ok(Self {
             poll: op::poll_multishot(fd, PollFlags::IN.bits().into()),
-            gone: device.connection.until_gone(),
+            gone: device.transport.until_gone(),
             ended: false,
             fd: fd.clone(),
             device: device.clone(),
@@ -94,7 +94,7 @@ impl Interrupt {
         match self.poll.poll_idle() {
             Poll::Ready(Ok(_)) => Poll::Ready(Ok(())),
             Poll::Ready(Err(error)) => Poll::Ready(Err(Error::io("polling an interrupt's eventfd", error))),
-            Poll::Pending => self.device.connection.cause().map_or(Poll::Pending, |cause| Poll::Ready(Err(cause))),
+            Poll::Pending => self.device.transport.cause().map_or(Poll::Pending, |cause| Poll::Ready(Err(cause))),
         }
     }
 
@@ -104,7 +104,7 @@ impl Interrupt {
     /// The error that ended the device.
     pub async fn take_count(&self) -> Result<u64> {
         let mut count = pin!(op::eventfd_count(&self.fd));
-        let mut gone = pin!(self.device.connection.until_gone());
+        let mut gone = pin!(self.device.transport.until_gone());
         poll_fn(|cx| match count.as_mut().poll(cx) {
             Poll::Ready(count) => Poll::Ready(count.map_err(|error| Error::io("reading an interrupt's eventfd", error))),
             Poll::Pending => gone.as_mut().poll(cx).map(Err),
@@ -142,7 +142,7 @@ impl Stream for Interrupt {
 impl Drop for Interrupt {
     fn drop(&mut self) {
         self.device.vectors.borrow_mut().remove(&(self.irq as u32, self.vector));
-        self.device.connection.unset_irqs(self.irq as u32, self.vector, 1);
+        self.device.transport.unset_irq(self.irq as u32, self.vector);
     }
 }
 
@@ -159,6 +159,6 @@ pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32)
     // From here on a failure, or a dropped future, takes back what was assigned.
     let interrupts = (start..).zip(&fds).map(|(vector, fd)| Interrupt::new(device, irq, vector, fd));
     let interrupts = interrupts.collect::<Result<Vec<_>>>()?;
-    device.connection.set_irqs(irq as u32, start, &fds).await?;
+    device.transport.set_irqs(irq as u32, start, &fds).await?;
     Ok(interrupts)
 }

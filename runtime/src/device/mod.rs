@@ -24,6 +24,7 @@ mod address;
 mod bar;
 mod config;
 mod interrupt;
+mod open;
 mod region;
 
 use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, time::Duration};
@@ -37,11 +38,16 @@ pub use region::{Region, index};
 pub use crate::transport::user::protocol::{Area, IrqInfo};
 use crate::{
     Error, Result,
-    dma::{AddressSpace, Backend, IovaRange},
+    dma::{AddressSpace, IovaRange},
     pci,
     reactor::{self, timeout},
-    transport::user::client::Connection,
+    transport::{
+        Transport,
+        user::{client::Connection, protocol::DeviceInfo as ProtocolInfo},
+        vfio::{DeviceFd, VfToken},
+    },
 };
+use open::{Opened, Seat, Way};
 use region::RegionState;
 
 /// `VFIO_DEVICE_FLAGS_RESET`.
@@ -61,8 +67,15 @@ pub struct Options {
     /// more.
     pub max_outstanding: Option<usize>,
     /// The I/O virtual addresses that memory for the device may get. By default 48 bits without the first page and the window of
-    /// message-signalled interrupts at 0xfee00000.
+    /// message-signalled interrupts at 0xfee00000. What the kernel says of its devices and IOMMU narrows them further.
     pub iova_ranges: Vec<IovaRange>,
+    /// The address space of another device of the kernel, to share: memory that is mapped there is mapped for both.
+    pub space: Option<AddressSpace>,
+    /// The token of a virtual function whose physical function has set one.
+    pub vf_token: Option<VfToken>,
+    /// Opens a device without an IOMMU, by its group: it can then write to any memory of the machine, and no memory can be
+    /// mapped for it.
+    pub no_iommu: bool,
 }
 
 impl Default for Options {
@@ -74,6 +87,9 @@ impl Default for Options {
                 IovaRange { start: 0x1000, last: 0xfedf_ffff },
                 IovaRange { start: 0xfef0_0000, last: (1 << 48) - 1 },
             ],
+            space: None,
+            vf_token: None,
+            no_iommu: false,
         }
     }
 }
@@ -91,14 +107,16 @@ pub struct DeviceInfo {
     pub irqs: u32,
 }
 
+/// The order is that of closing: mappings of BARs first, for they keep the device open; then the device.
 pub(crate) struct Inner {
     address: Address,
-    connection: Rc<Connection>,
     info: DeviceInfo,
-    regions: Vec<RegionState>,
     irqs: Vec<IrqInfo>,
     /// Vectors that an [`Interrupt`] has.
     vectors: RefCell<BTreeSet<(u32, u32)>>,
+    regions: Vec<RegionState>,
+    transport: Transport,
+    _seat: Option<Seat>,
     dma: AddressSpace,
 }
 
@@ -143,34 +161,15 @@ impl Device {
     }
 
     async fn open_inner(address: &Address, options: &Options) -> Result<Self> {
-        let Address::User(path) = address else {
-            return Err(Error::Unsupported { what: format!("opening {address}, a device of the kernel's VFIO") });
+        let opened = match address {
+            Address::User(path) => open::user(path, options).await?,
+            Address::Pci(bdf) => open::kernel(*bdf, Way::Best, options).await?,
+            Address::Group(bdf) => open::kernel(*bdf, Way::Group, options).await?,
+            Address::Cdev(bdf) => open::kernel(*bdf, Way::Cdev, options).await?,
         };
-        let connection = Connection::connect(path, options.deadline, options.max_outstanding).await?;
-        let info = connection.device_info().await?;
-        let mut regions = Vec::new();
-        for index in 0..info.regions {
-            // A region that a device does not have is an error for some servers (VGA), and one of no size for others.
-            let (info, fd) = known(connection.region_info(index).await)?;
-            regions.push(RegionState::new(info, fd));
-        }
-        let mut irqs = Vec::new();
-        for index in 0..info.irqs {
-            irqs.push(known(connection.irq_info(index).await)?);
-        }
-        let limits = connection.limits();
-        let backend = Backend::User(connection.clone());
-        let dma = AddressSpace::new(backend, &options.iova_ranges, limits.page_size, limits.max_dma_maps);
-        connection.serve(&dma);
-        reactor::spawn(dma.reclaimer());
-        let info = DeviceInfo {
-            pci: info.flags & FLAG_PCI != 0,
-            reset: info.flags & FLAG_RESET != 0,
-            regions: info.regions,
-            irqs: info.irqs,
-        };
-        let vectors = RefCell::default();
-        Ok(Self { inner: Rc::new(Inner { address: address.clone(), connection, info, regions, irqs, vectors, dma }) })
+        let Opened { regions, transport, seat, dma, info, irqs } = opened;
+        let (address, vectors) = (address.clone(), RefCell::default());
+        Ok(Self { inner: Rc::new(Inner { address, info, irqs, vectors, regions, transport, _seat: seat, dma }) })
     }
 
     /// Where the device is.
@@ -183,9 +182,21 @@ impl Device {
         self.inner.info
     }
 
-    /// The connection, for what has no method here.
-    pub fn connection(&self) -> &Rc<Connection> {
-        &self.inner.connection
+    /// The connection to a vfio-user server, for what has no method here.
+    pub fn connection(&self) -> Option<&Rc<Connection>> {
+        match &self.inner.transport {
+            Transport::User(connection) => Some(connection),
+            Transport::Group(_) | Transport::Cdev(_) => None,
+        }
+    }
+
+    /// The descriptor of a device of the kernel, for what has no method here. Its functions are system calls that may wait, for a
+    /// reset above all: a reactor has them run on another thread.
+    pub fn descriptor(&self) -> Option<&DeviceFd> {
+        match &self.inner.transport {
+            Transport::User(_) => None,
+            Transport::Group(attached) | Transport::Cdev(attached) => Some(attached.device()),
+        }
     }
 
     /// The memory that the device sees.
@@ -196,12 +207,12 @@ impl Device {
     /// Why the device is gone, if it is. Cheap while it is not.
     #[inline]
     pub fn is_gone(&self) -> Option<Error> {
-        self.inner.connection.cause()
+        self.inner.transport.cause()
     }
 
     /// Waits until the device is gone: its server has ended, or broke the protocol, or missed a deadline.
     pub async fn gone(&self) -> Error {
-        self.inner.connection.gone().await
+        self.inner.transport.until_gone().await
     }
 
     /// A region, by its index ([`index`]).
@@ -252,7 +263,7 @@ impl Device {
     /// # Errors
     /// [`Error::Refused`] when the device says no.
     pub async fn unmask(&self, irq: Irq) -> Result<()> {
-        self.inner.connection.unmask_irqs(irq as u32, 0, 1).await
+        self.inner.transport.unmask_irqs(irq as u32, 0, 1).await
     }
 
     /// Resets the device. What it knew of queues and interrupts is lost, DMA mappings stay.
@@ -263,7 +274,7 @@ impl Device {
         if !self.inner.info.reset {
             return Err(Error::Unsupported { what: "a reset".into() });
         }
-        self.inner.connection.reset().await
+        self.inner.transport.reset().await
     }
 
     /// Lets the device master the bus (do DMA, send MSIs) and decode its memory, or takes the former from it.
@@ -280,13 +291,5 @@ impl Device {
             return Err(Error::fault("its bus-master bit can't be cleared"));
         }
         Ok(())
-    }
-}
-
-/// What a server refuses to describe, the device does not have.
-fn known<T: Default>(result: Result<T>) -> Result<T> {
-    match result {
-        Err(Error::Refused { .. }) => Ok(T::default()),
-        result => result,
     }
 }

@@ -7,9 +7,10 @@ use crate::{
     Error, Result,
     dma::SharedMemory,
     mmio::Value,
-    transport::user::{
-        client::Connection,
-        protocol::{REGION_FLAG_MMAP, RegionInfo},
+    transport::{
+        Place, Transport,
+        user::protocol::{REGION_FLAG_MMAP, RegionInfo},
+        vfio::DeviceFd,
     },
 };
 
@@ -44,15 +45,29 @@ pub(super) struct MappedArea {
     pub(super) memory: Arc<SharedMemory>,
 }
 
+/// What a region is mapped from.
+enum Source {
+    Nothing,
+    /// A descriptor of its own, of a vfio-user server.
+    File(OwnedFd),
+    /// The device's.
+    Device(DeviceFd),
+}
+
 pub(super) struct RegionState {
     pub(super) info: RegionInfo,
-    fd: Option<OwnedFd>,
+    source: Source,
     mapped: OnceCell<Vec<MappedArea>>,
 }
 
 impl RegionState {
     pub(super) fn new(info: RegionInfo, fd: Option<OwnedFd>) -> Self {
-        Self { info, fd, mapped: OnceCell::new() }
+        Self { info, source: fd.map_or(Source::Nothing, Source::File), mapped: OnceCell::new() }
+    }
+
+    /// A region of a device of the kernel.
+    pub(super) fn of_device(info: RegionInfo, device: &DeviceFd) -> Self {
+        Self { info, source: Source::Device(device.clone()), mapped: OnceCell::new() }
     }
 
     /// Maps what may be mapped, once. Without a descriptor nothing is: messages do as well.
@@ -61,23 +76,27 @@ impl RegionState {
             return Ok(mapped);
         }
         let mut mapped = Vec::new();
-        if let Some(fd) = self.fd.as_ref().filter(|_| self.info.flags & REGION_FLAG_MMAP != 0) {
+        if self.info.flags & REGION_FLAG_MMAP != 0 {
             for area in &self.info.areas {
-                let memory = self.map_area(fd, *area).map_err(|error| {
+                let memory = self.map_area(*area).map_err(|error| {
                     Error::fault(format!("region {region}: its area {:#x}+{:#x}: {error}", area.offset, area.size))
                 })?;
-                mapped.push(MappedArea { offset: area.offset, memory: Arc::new(memory) });
+                mapped.extend(memory.map(|memory| MappedArea { offset: area.offset, memory: Arc::new(memory) }));
             }
         }
         Ok(self.mapped.get_or_init(|| mapped))
     }
 
-    fn map_area(&self, fd: &OwnedFd, area: Area) -> Result<SharedMemory> {
+    fn map_area(&self, area: Area) -> Result<Option<SharedMemory>> {
         let page = rustix::param::page_size() as u64;
         let offset = self.info.offset.checked_add(area.offset).filter(|offset| offset.is_multiple_of(page));
         let offset = offset.ok_or_else(|| Error::invalid("it does not start at a page of its descriptor"))?;
         let len = usize::try_from(area.size).map_err(|_| Error::invalid("it is larger than memory"))?;
-        SharedMemory::map(fd, offset, len, true)
+        match &self.source {
+            Source::Nothing => Ok(None),
+            Source::File(fd) => SharedMemory::map(fd, offset, len, true).map(Some),
+            Source::Device(device) => device.map(offset, len, true).map(Some),
+        }
     }
 }
 
@@ -123,8 +142,12 @@ impl Region {
         Some(&self.device.regions.get(self.index as usize)?.info)
     }
 
-    pub(super) fn connection(&self) -> &Rc<Connection> {
-        &self.device.connection
+    pub(super) fn transport(&self) -> &Transport {
+        &self.device.transport
+    }
+
+    pub(super) fn place(&self, offset: u64) -> Place {
+        Place { region: self.index, base: self.info().map_or(0, |info| info.offset), offset }
     }
 
     pub(super) fn mapped(&self) -> Result<&[MappedArea]> {
@@ -169,7 +192,7 @@ impl Region {
     /// [`Error::Invalid`] outside of the region, [`Error::Refused`] when the device says no, else the error that ended the device.
     pub async fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
         self.check(offset, to.len())?;
-        self.device.connection.region_read(self.index, offset, to).await
+        self.device.transport.read(self.place(offset), to).await
     }
 
     /// Writes `from` at `offset`, always by messages.
@@ -178,7 +201,7 @@ impl Region {
     /// See [`Region::read`].
     pub async fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
         self.check(offset, from.len())?;
-        self.device.connection.region_write(self.index, offset, from).await
+        self.device.transport.write(self.place(offset), from).await
     }
 
     pub(super) async fn read_value<T: Value>(&self, offset: u64) -> Result<T> {

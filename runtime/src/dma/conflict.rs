@@ -68,6 +68,14 @@ pub(crate) fn joined(ranges: &[IovaRange]) -> Vec<IovaRange> {
     joined
 }
 
+/// The addresses that are in both.
+pub(crate) fn intersection(one: &[IovaRange], other: &[IovaRange]) -> Vec<IovaRange> {
+    let (one, other) = (joined(one), joined(other));
+    let both = |a: &IovaRange, b: &IovaRange| IovaRange { start: a.start.max(b.start), last: a.last.min(b.last) };
+    let all = one.iter().flat_map(|a| other.iter().map(move |b| both(a, b)));
+    all.filter(|range| range.start <= range.last).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::conflict::joined;
+use super::{
+    MapRefused,
+    conflict::{conflicts, joined},
+};
 use crate::{Error, Result};
 
 /// A range of I/O virtual addresses, its last address included: so that it may end at the top of the 64-bit space.
@@ -97,15 +100,8 @@ impl IovaAllocator {
         let (start, block, at) = tight
             .or_else(|| self.by_len.range((sure?, 0)..).next().and_then(fits))
             .or_else(|| self.by_len.range((len, 0)..).find_map(fits))?;
-        self.remove(start, block);
-        let before = at - start;
-        let after = block - len - before;
-        if before > 0 {
-            self.insert(start, before);
-        }
-        if after > 0 {
-            self.insert(at + len, after);
-        }
+        debug_assert!(start <= at && at - start <= block - len);
+        self.carve(at, len);
         self.taken.insert(at, len);
         Some(at)
     }
@@ -129,8 +125,68 @@ impl IovaAllocator {
         }
     }
 
+    /// Takes the `len` bytes (rounded up to the granule) at `iova`.
+    ///
+    /// # Errors
+    /// Why not: [`MapRefused::Misaligned`] with the granule, [`MapRefused::Overlap`] with what is handed out, and
+    /// [`MapRefused::Reserved`] or [`MapRefused::Aperture`] outside of the ranges `allowed`, which are those of the allocator.
+    pub fn alloc_at(&mut self, iova: u64, len: u64, allowed: &[IovaRange]) -> Result<(), MapRefused> {
+        let rounded = self.rounded(len).filter(|_| iova.is_multiple_of(self.granule));
+        let len = rounded.ok_or(MapRefused::Misaligned { granule: self.granule })?;
+        let Some(last) = iova.checked_add(len - 1) else { return Err(MapRefused::Aperture { allowed: None }) };
+        if self.taken.range(..=last).next_back().is_some_and(|(&start, &len)| start + (len - 1) >= iova) {
+            return Err(MapRefused::Overlap);
+        }
+        if !self.carve(iova, len) {
+            let outside = MapRefused::outside(IovaRange { start: iova, last }, allowed);
+            // What is left is address 0, which is not handed out.
+            return Err(
+                outside.unwrap_or(MapRefused::Reserved { region: Some(IovaRange { start: 0, last: self.granule - 1 }) })
+            );
+        }
+        self.taken.insert(iova, len);
+        Ok(())
+    }
+
+    /// Replaces the ranges that pieces may come from, if all that are handed out lie in the new ones.
+    ///
+    /// # Errors
+    /// The first piece that does not, and the hole between the new ranges that it lies in. Nothing changes then.
+    pub fn set_ranges(&mut self, ranges: &[IovaRange]) -> Result<(), (IovaRange, IovaRange)> {
+        if let Some(conflict) = conflicts(self.taken(), ranges) {
+            return Err(conflict);
+        }
+        let mut new = Self::new(ranges, self.granule);
+        for (start, len) in std::mem::take(&mut self.taken) {
+            new.carve(start, len);
+            new.taken.insert(start, len);
+        }
+        *self = new;
+        Ok(())
+    }
+
+    /// What is handed out.
+    pub fn taken(&self) -> impl Iterator<Item = IovaRange> {
+        self.taken.iter().map(|(&start, &len)| IovaRange { start, last: start + (len - 1) })
+    }
+
     fn rounded(&self, len: u64) -> Option<u64> {
         len.checked_next_multiple_of(self.granule).filter(|&len| len != 0)
+    }
+
+    /// Takes a part out of the free piece that holds it. False: none holds all of it.
+    fn carve(&mut self, start: u64, len: u64) -> bool {
+        let Some((&block, &its_len)) = self.free.range(..=start).next_back() else { return false };
+        let before = start - block;
+        let Some(after) = its_len.checked_sub(before).and_then(|rest| rest.checked_sub(len)) else { return false };
+        self.remove(block, its_len);
+        if before > 0 {
+            self.insert(block, before);
+        }
+        if after > 0 {
+            self.insert(start + len, after);
+        }
+        true
     }
 
     /// Adds a free piece, joined with its free neighbours.
@@ -288,6 +344,38 @@ mod tests {
                 prop_assert_eq!(allocator.largest_free(), runs.last().map_or(0, |run| run.0 as u64 * GRANULE));
                 prop_assert_eq!(allocator.free_bytes(), runs.iter().map(|run| run.0 as u64 * GRANULE).sum::<u64>());
             }
+        }
+
+        /// New ranges are taken whole, or not at all; what is handed out stays so.
+        #[test]
+        fn ranges_change_as_a_whole(
+            old in prop::collection::vec((0..64u64, 0..64u64), 1..6), new in prop::collection::vec((0..64u64, 0..64u64), 0..6),
+            requests in prop::collection::vec(1..6u64, 0..12),
+        ) {
+            let ranges = |list: Vec<(u64, u64)>| -> Vec<IovaRange> {
+                let range = |(start, len)| IovaRange { start: start * GRANULE, last: (start + len + 1) * GRANULE - 1 };
+                list.into_iter().map(range).collect()
+            };
+            let (old, new) = (ranges(old), ranges(new));
+            let mut allocator = IovaAllocator::new(&old, GRANULE);
+            let live: Vec<_> = requests.iter().filter_map(|n| Some((allocator.alloc(n * GRANULE, GRANULE)?, n * GRANULE))).collect();
+            let before = allocator.clone();
+            let inside = |at: u64| new.iter().any(|range| range.start <= at && at <= range.last);
+            let fits = live.iter().all(|&(at, len)| (at..at + len).step_by(GRANULE as usize).all(inside));
+            prop_assert_eq!(allocator.set_ranges(&new).is_ok(), fits);
+            if !fits {
+                prop_assert_eq!(&allocator.free, &before.free);
+                allocator = before;
+            }
+            let all = IovaAllocator::new(if fits { &new } else { &old }, GRANULE);
+            for (at, len) in live {
+                prop_assert!(matches!(allocator.alloc_at(at, len, &new), Err(MapRefused::Overlap)));
+                allocator.free(at, len).unwrap();
+                allocator.alloc_at(at, len, &new).unwrap();
+                allocator.free(at, len).unwrap();
+            }
+            prop_assert_eq!(&allocator.free, &all.free, "not all of it is free again");
+            prop_assert_eq!(allocator.by_len, all.by_len);
         }
 
         #[test]

@@ -24,6 +24,7 @@
 //! ```
 
 pub mod access;
+mod backend;
 pub mod buf;
 pub mod conflict;
 pub mod iova;
@@ -35,6 +36,7 @@ pub mod shared;
 pub mod space;
 
 pub use access::Access;
+pub use backend::Backend;
 pub use buf::DmaBuf;
 pub use conflict::{conflicts, overlaps};
 pub use iova::{IovaAllocator, IovaRange};
@@ -43,7 +45,7 @@ pub use pool::{Pool, PoolStats};
 pub use refused::MapRefused;
 pub use ring::{DmaRing, DmaShared};
 pub use shared::{HugePages, OutOfBounds, SharedMemory};
-pub use space::{AddressSpace, Backend, MappingInfo, SpaceStats, WeakAddressSpace};
+pub use space::{AddressSpace, MappingInfo, SpaceStats, WeakAddressSpace};
 
 #[cfg(test)]
 mod tests;

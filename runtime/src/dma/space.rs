@@ -15,56 +15,14 @@ use std::{
     },
 };
 
-use futures::lock::Mutex;
+use futures::lock::{Mutex, MutexGuard};
 
 use super::{
-    HugePages, IovaAllocator, IovaRange, Mapping, SharedMemory,
+    Backend, HugePages, IovaAllocator, IovaRange, MapRefused, Mapping, SharedMemory,
+    conflict::intersection,
     mapping::{Region, Retired},
 };
-use crate::{Error, Result, transport::user::client::Connection};
-
-/// Who is told of mappings.
-#[derive(Clone)]
-#[non_exhaustive]
-pub enum Backend {
-    /// A vfio-user server: it gets the memfd of each mapping.
-    User(Rc<Connection>),
-    /// Nobody: the device runs in this process and finds its memory through [`AddressSpace::mappings`],
-    /// [`AddressSpace::read`] and [`AddressSpace::write`]. For tests, benches and fuzzing.
-    Null,
-    #[cfg(test)]
-    #[doc(hidden)]
-    Script(Rc<super::tests::Script>),
-}
-
-impl Backend {
-    async fn map(&self, region: &Region) -> Result<()> {
-        match self {
-            Self::User(connection) => connection.dma_map(region.iova, region.len(), &region.fd, 0).await,
-            Self::Null => Ok(()),
-            #[cfg(test)]
-            Self::Script(script) => script.map(region.iova).await,
-        }
-    }
-
-    async fn unmap(&self, region: &Region) -> Result<()> {
-        match self {
-            Self::User(connection) => connection.dma_unmap(region.iova, region.len()).await,
-            Self::Null => Ok(()),
-            #[cfg(test)]
-            Self::Script(script) => script.unmap(region.iova).await,
-        }
-    }
-
-    fn is_gone(&self) -> bool {
-        match self {
-            Self::User(connection) => connection.is_gone(),
-            Self::Null => false,
-            #[cfg(test)]
-            Self::Script(script) => script.is_gone(),
-        }
-    }
-}
+use crate::{Error, Result};
 
 /// The mappings of a device, and the addresses that they may use. A handle: clones are the same space.
 ///
@@ -113,12 +71,18 @@ struct Inner {
     granule: u64,
     max_mappings: usize,
     backend: Backend,
+    /// The addresses that the caller allows, whatever the devices do.
+    wanted: Vec<IovaRange>,
+    /// Those of them that the devices allow, too.
+    allowed: RefCell<Vec<IovaRange>>,
     iova: RefCell<IovaAllocator>,
     /// What the device has or may have mapped, by address.
     mapped: RefCell<BTreeMap<u64, Weak<Region>>>,
     leaked: RefCell<Vec<Arc<Region>>>,
     quarantined: Cell<(usize, u64)>,
     retired: Arc<Retired>,
+    /// Held while a device joins.
+    attaching: Mutex<()>,
     /// Held while unmaps are under way: who is short of addresses waits for those of another task.
     reclaiming: Mutex<()>,
 }
@@ -151,11 +115,14 @@ impl AddressSpace {
             granule: iova.granule(),
             max_mappings,
             backend,
+            wanted: ranges.to_vec(),
+            allowed: RefCell::new(ranges.to_vec()),
             iova: RefCell::new(iova),
             mapped: RefCell::default(),
             leaked: RefCell::default(),
             quarantined: Cell::default(),
             retired: Arc::default(),
+            attaching: Mutex::default(),
             reclaiming: Mutex::default(),
         };
         Self { inner: Rc::new(inner) }
@@ -186,17 +153,32 @@ impl AddressSpace {
     /// [`Error::Exhausted`] when the device takes no more mappings, or the addresses or hugepages run out; the backend's error
     /// when the device refuses.
     pub async fn map(&self, len: usize, huge: HugePages) -> Result<Arc<Mapping>> {
-        let inner = &*self.inner;
-        let unit = (huge.page_size() as u64).max(inner.granule);
-        let bytes = (len as u64).checked_next_multiple_of(unit).filter(|&bytes| (1..=isize::MAX as u64).contains(&bytes));
-        let bytes = bytes.ok_or_else(|| Error::invalid(format!("{len} bytes can't be mapped: from 1 to {}", isize::MAX)))?;
-        let iova = match inner.reserve(bytes, unit) {
+        let (bytes, unit) = self.inner.size(len, huge)?;
+        let iova = match self.inner.reserve(bytes, unit) {
             Err(_) => {
-                inner.reclaim().await;
-                inner.reserve(bytes, unit)?
+                self.inner.reclaim().await;
+                self.inner.reserve(bytes, unit)?
             }
             Ok(iova) => iova,
         };
+        self.map_reserved(iova, bytes, huge).await
+    }
+
+    /// [`AddressSpace::map`] at addresses of the caller's choice.
+    ///
+    /// # Errors
+    /// [`Error::Map`] with the reason, where something is mapped there, or the devices can't use all of the addresses; else as for
+    /// [`AddressSpace::map`].
+    pub async fn map_at(&self, iova: u64, len: usize, huge: HugePages) -> Result<Arc<Mapping>> {
+        let (bytes, _) = self.inner.size(len, huge)?;
+        // Addresses whose unmap is not confirmed yet are in use.
+        self.inner.reclaim().await;
+        self.inner.reserve_at(iova, bytes)?;
+        self.map_reserved(iova, bytes, huge).await
+    }
+
+    async fn map_reserved(&self, iova: u64, bytes: u64, huge: HugePages) -> Result<Arc<Mapping>> {
+        let inner = &*self.inner;
         let mut attempt = Attempt { inner, iova, bytes, outcome: Outcome::Absent };
         let (fd, memory) = SharedMemory::create("vfio-uring-dma", bytes as usize, huge)?;
         let region = Arc::new(Region::new(memory, fd, iova));
@@ -208,15 +190,49 @@ impl AddressSpace {
             Ok(()) => Outcome::Mapped,
             // Something else is there, it says: other addresses may do.
             Err(Error::Refused { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => Outcome::Unknown,
-            // The device said no, or was never asked.
+            Err(Error::Map { reason: MapRefused::Overlap, .. }) => Outcome::Unknown,
+            // The device said no, or was never asked. What the kernel refuses it has not mapped.
             Err(Error::Refused { .. } | Error::Unsupported { .. } | Error::Invalid { .. } | Error::Exhausted { .. }) => {
                 Outcome::Absent
             }
+            Err(Error::Map { .. } | Error::Io { .. }) if inner.backend.is_kernel() => Outcome::Absent,
             Err(_) => Outcome::Unknown,
         };
         drop(attempt);
         result?;
         Ok(Arc::new(Mapping::new(region, inner.retired.clone(), inner.id)))
+    }
+
+    /// The I/O virtual addresses that mappings may have at present: those that were asked for, as far as all devices of the space
+    /// can use them.
+    pub fn allowed(&self) -> Vec<IovaRange> {
+        self.inner.allowed.borrow().clone()
+    }
+
+    /// Waits for its turn to add a device.
+    pub(crate) async fn attaching(&self) -> MutexGuard<'_, ()> {
+        self.inner.attaching.lock().await
+    }
+
+    /// Whose mappings these are.
+    pub(crate) fn backend(&self) -> &Backend {
+        &self.inner.backend
+    }
+
+    /// Addresses that mappings have, or may have.
+    pub(crate) fn taken(&self) -> Vec<IovaRange> {
+        self.inner.iova.borrow().taken().collect()
+    }
+
+    /// Takes over what the devices of the space can use from now on, if all that is mapped lies in it.
+    ///
+    /// # Errors
+    /// The mapping that does not, and the hole that it lies in: the space goes on as it was then.
+    pub(crate) fn install(&self, usable: &[IovaRange]) -> Result<(), (IovaRange, IovaRange)> {
+        let allowed = intersection(&self.inner.wanted, usable);
+        self.inner.iova.borrow_mut().set_ranges(&allowed)?;
+        self.inner.allowed.replace(allowed);
+        Ok(())
     }
 
     /// Unmaps the retired mappings at the device, and frees their memory and addresses as each is confirmed. How many were.
@@ -305,17 +321,39 @@ impl WeakAddressSpace {
 }
 
 impl Inner {
+    /// Bytes of a mapping of `len` bytes, and what they are a multiple of.
+    fn size(&self, len: usize, huge: HugePages) -> Result<(u64, u64)> {
+        let unit = (huge.page_size() as u64).max(self.granule);
+        let bytes = (len as u64).checked_next_multiple_of(unit).filter(|&bytes| (1..=isize::MAX as u64).contains(&bytes));
+        let bytes = bytes.ok_or_else(|| Error::invalid(format!("{len} bytes can't be mapped: from 1 to {}", isize::MAX)))?;
+        Ok((bytes, unit))
+    }
+
+    fn check_budget(&self, bytes: u64) -> Result<()> {
+        if self.mapped.borrow().len() < self.max_mappings {
+            return Ok(());
+        }
+        Err(Error::Exhausted {
+            what: format!(
+                "no DMA mapping of {bytes} bytes: all {} that the device allows are in use; map fewer and larger pools",
+                self.max_mappings
+            ),
+        })
+    }
+
+    /// Takes a place among the mappings, and the addresses from `iova` on.
+    fn reserve_at(&self, iova: u64, bytes: u64) -> Result<()> {
+        self.check_budget(bytes)?;
+        let taken = self.iova.borrow_mut().alloc_at(iova, bytes, &self.allowed.borrow());
+        taken.map_err(|reason| Error::Map { iova, len: bytes, reason })?;
+        self.mapped.borrow_mut().insert(iova, Weak::new());
+        Ok(())
+    }
+
     /// Takes a place among the mappings, and addresses.
     fn reserve(&self, bytes: u64, align: u64) -> Result<u64> {
+        self.check_budget(bytes)?;
         let mut mapped = self.mapped.borrow_mut();
-        if mapped.len() >= self.max_mappings {
-            return Err(Error::Exhausted {
-                what: format!(
-                    "no DMA mapping of {bytes} bytes: all {} that the device allows are in use; map fewer and larger pools",
-                    self.max_mappings
-                ),
-            });
-        }
         let mut allocator = self.iova.borrow_mut();
         let iova = allocator.alloc(bytes, align).ok_or_else(|| Error::Exhausted {
             what: format!(

@@ -44,7 +44,7 @@ fn spoilt(spoil: impl Fn(&mut Peer, &Message) + Send + 'static) -> Error {
         let later = bar.read::<u32>(8).await.unwrap_err();
         assert!(matches!(&later, Error::Gone { reason } if errors[0].to_string().contains(&**reason)), "{later}");
         assert_eq!(device.gone().await.to_string(), errors[0].to_string());
-        assert!(device.is_gone().is_some() && device.connection().is_gone());
+        assert!(device.is_gone().is_some() && device.connection().unwrap().is_gone());
         assert!(interrupts[0].next().await.unwrap().is_err() && interrupts[0].next().await.is_none());
         assert!(interrupts[0].take_count().await.is_err());
         assert!(device.reset().await.is_err() && device.dma().map(4096, HugePages::No).await.is_err());
@@ -386,7 +386,7 @@ fn limits_of_any_size_are_clamped() {
     });
     run(async {
         let device = open(&fake).await;
-        let limits = device.connection().limits();
+        let limits = device.connection().unwrap().limits();
         assert_eq!((limits.max_msg_fds, limits.max_data_xfer, limits.max_outstanding), (64, 1 << 20, 64));
         assert_eq!((limits.max_dma_maps, limits.page_size), (65535, 4096));
     });

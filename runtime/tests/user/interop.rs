@@ -121,7 +121,7 @@ fn the_server_of_the_vfio_user_crate() {
 
     run(async {
         let device = Device::open_with(&Address::User(path), patient()).await.unwrap();
-        let limits = device.connection().limits();
+        let limits = device.connection().unwrap().limits();
         assert_eq!((limits.max_msg_fds, limits.max_outstanding, limits.max_data_xfer), (1, 1, 1 << 20));
         assert!(device.info().pci && device.info().reset);
         assert_eq!((device.info().regions, device.info().irqs, device.irq(Irq::MsiX).count), (9, 3, 2));

@@ -206,7 +206,7 @@ fn pipelined_replies_may_come_in_any_order() {
     });
     run(async {
         let device = open(&fake).await;
-        assert_eq!(device.connection().limits().max_outstanding, 8);
+        assert_eq!(device.connection().unwrap().limits().max_outstanding, 8);
         let bar = device.bar(0).unwrap();
         for i in 0..16u64 {
             bar.write::<u32>(i * 4, i as u32 * 3).await.unwrap();
@@ -391,7 +391,7 @@ fn an_override_of_the_commands_in_flight() {
     run(async {
         let options = Options { max_outstanding: Some(4), ..patient() };
         let device = Device::open_with(&fake.address(), options).await.unwrap();
-        assert_eq!(device.connection().limits().max_outstanding, 4);
+        assert_eq!(device.connection().unwrap().limits().max_outstanding, 4);
         let bar = device.bar(0).unwrap();
         let reads = (0..40u64).map(|i| bar.read::<u32>(i * 4));
         assert!(join_all(reads).await.iter().all(Result::is_ok));

@@ -186,7 +186,7 @@ pub(super) fn failed(what: impl Into<String>, errno: Errno, meanings: &Meanings)
     }
 }
 
-fn access_failed(doing: &str, len: usize, offset: u64, done: usize, errno: Errno) -> Error {
+pub(super) fn access_failed(doing: &str, len: usize, offset: u64, done: usize, errno: Errno) -> Error {
     let what = format!("{doing} {len} bytes at {offset:#x} of the device, {done} of them done");
     match errno {
         Errno::INVAL | Errno::FAULT => Error::invalid(failed(what, errno, &ACCESS).to_string()),
@@ -194,6 +194,6 @@ fn access_failed(doing: &str, len: usize, offset: u64, done: usize, errno: Errno
     }
 }
 
-fn ended(doing: &str, len: usize, offset: u64, done: usize) -> Error {
+pub(super) fn ended(doing: &str, len: usize, offset: u64, done: usize) -> Error {
     Error::invalid(format!("{doing} {len} bytes at {offset:#x} of the device: the region ends after {done} of them"))
 }

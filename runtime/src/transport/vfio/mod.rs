@@ -4,6 +4,7 @@
 //! a thread of its own.
 
 pub(crate) mod abi;
+mod attached;
 mod device;
 mod feature;
 pub(crate) mod ioctl;
@@ -11,6 +12,7 @@ mod irqs;
 mod reset;
 mod token;
 
+pub(crate) use attached::{Attached, PostedRegister};
 pub use device::DeviceFd;
 pub use feature::FeatureOp;
 pub use reset::{DependentDevice, DependentId};

@@ -1,0 +1,322 @@
+//! Opening a device by each of its ways.
+
+use std::{path::Path, rc::Rc};
+
+use blocking::unblock;
+
+use super::{DeviceInfo, FLAG_PCI, FLAG_RESET, IrqInfo, Options, region::RegionState};
+use crate::{
+    Error, Result,
+    dma::{AddressSpace, Backend, IovaRange, overlaps},
+    pci::{Bdf, sysfs::Pci},
+    reactor,
+    transport::{
+        Transport,
+        cdev::{Bound, Unbound},
+        group::Container,
+        iommufd::{Ioas, IommufdFd},
+        user::{
+            client::Connection,
+            protocol::{MAX_IRQS, MAX_REGIONS},
+        },
+        vfio::{Attached, DeviceFd, RegionInfo, VfToken},
+    },
+};
+
+/// What a device is made of. In the order of closing: mappings of BARs, the device, its place in the address space, the space.
+pub(super) struct Opened {
+    pub(super) regions: Vec<RegionState>,
+    pub(super) transport: Transport,
+    pub(super) seat: Option<Seat>,
+    pub(super) dma: AddressSpace,
+    pub(super) info: DeviceInfo,
+    pub(super) irqs: Vec<IrqInfo>,
+}
+
+/// The ways of the kernel.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Way {
+    /// By its character device, if it has one.
+    Best,
+    Group,
+    Cdev,
+}
+
+/// Opens the device behind a vfio-user server.
+pub(super) async fn user(path: &Path, options: &Options) -> Result<Opened> {
+    if options.space.is_some() {
+        return Err(Error::Unsupported { what: "an address space that vfio-user devices share: each has its own".into() });
+    }
+    let connection = Connection::connect(path, options.deadline, options.max_outstanding).await?;
+    let info = connection.device_info().await?;
+    let mut regions = Vec::new();
+    for index in 0..info.regions {
+        // A region that a device does not have is an error for some servers (VGA), and one of no size for others.
+        let (info, fd) = known(connection.region_info(index).await)?;
+        regions.push(RegionState::new(info, fd));
+    }
+    let mut irqs = Vec::new();
+    for index in 0..info.irqs {
+        irqs.push(known(connection.irq_info(index).await)?);
+    }
+    let limits = connection.limits();
+    let backend = Backend::User(connection.clone());
+    let dma = AddressSpace::new(backend, &options.iova_ranges, limits.page_size, limits.max_dma_maps);
+    connection.serve(&dma);
+    reactor::spawn(dma.reclaimer());
+    Ok(Opened { regions, transport: Transport::User(connection), seat: None, dma, info: info.into(), irqs })
+}
+
+/// What a server refuses to describe, the device does not have.
+fn known<T: Default>(result: Result<T>) -> Result<T> {
+    match result {
+        Err(Error::Refused { .. }) => Ok(T::default()),
+        result => result,
+    }
+}
+
+/// Opens a device of the kernel, in the address space of the options or one of its own.
+pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Opened> {
+    let host = match &options.space {
+        None => None,
+        Some(space) => Some(match space.backend() {
+            Backend::Container(container) => Host::Container(container.clone()),
+            Backend::Ioas(ioas) => Host::Ioas(ioas.clone()),
+            _ => return Err(Error::invalid("an address space of the kernel can't be shared with vfio-user devices")),
+        }),
+    };
+    // Two that join a space at once would install each other's ranges.
+    let _turn = match &options.space {
+        Some(space) => Some(space.attaching().await),
+        None => None,
+    };
+    let (token, no_iommu) = (options.vf_token, options.no_iommu);
+    let seated = unblock(move || seat(bdf, way, host, token.as_ref(), no_iommu)).await;
+    let Seated { device, place, usable, granule, max_mappings, info, regions, irqs } = match (seated, &options.space) {
+        (Err(Refusal::Reserves(reserved, error)), Some(space)) => {
+            let clash = overlaps(space.taken().into_iter(), &reserved);
+            return Err(match (error, clash) {
+                (Error::Conflict { device, .. }, Some((mapping, reserved))) => {
+                    Error::Conflict { device, mapping: Some(mapping), reserved: Some(reserved) }
+                }
+                (error, _) => error,
+            });
+        }
+        (Err(Refusal::Reserves(_, error) | Refusal::Other(error)), _) => return Err(error),
+        (Ok(seated), _) => seated,
+    };
+    let dma = match &options.space {
+        Some(space) => space.clone(),
+        None => {
+            let space = AddressSpace::new(place.backend(), &options.iova_ranges, granule, max_mappings);
+            reactor::spawn(space.reclaimer());
+            space
+        }
+    };
+    let regions = regions
+        .into_iter()
+        .map(|info| match info {
+            Some(info) => RegionState::of_device(info, &device),
+            None => RegionState::new(RegionInfo::default(), None),
+        })
+        .collect();
+    let by_group = matches!(place, Place::Group(..));
+    let attached = Rc::new(Attached::new(device, irqs.clone()));
+    let transport = if by_group { Transport::Group(attached) } else { Transport::Cdev(attached) };
+    let opened = Opened {
+        regions,
+        transport,
+        seat: Some(Seat { place: Some(place), space: dma.clone() }),
+        dma,
+        info: info.into(),
+        irqs,
+    };
+    // After the device is put together: dropped here, it leaves the space as it was.
+    opened.dma.install(&usable).map_err(|(mapping, reserved)| Error::Conflict {
+        device: bdf.to_string(),
+        mapping: Some(mapping),
+        reserved: Some(reserved),
+    })?;
+    Ok(opened)
+}
+
+/// An address space that a device joins.
+enum Host {
+    Container(Container),
+    Ioas(Ioas),
+}
+
+/// A device's place in an address space of the kernel.
+enum Place {
+    Group(Container, u32),
+    Cdev(Bound, Ioas),
+}
+
+impl Place {
+    fn backend(&self) -> Backend {
+        match self {
+            Self::Group(container, _) => Backend::Container(container.clone()),
+            Self::Cdev(_, ioas) => Backend::Ioas(ioas.clone()),
+        }
+    }
+
+    /// Gives the place up, after its device is closed. What can be mapped then, if others stay.
+    fn leave(self) -> Option<Vec<IovaRange>> {
+        match self {
+            // The last group would take all mappings with it; one whose other devices are open does not go.
+            Self::Group(container, group) if container.groups().len() > 1 => {
+                let _ = container.remove_group(group);
+                container.info().ok()?.ranges
+            }
+            Self::Group(..) => None,
+            Self::Cdev(bound, ioas) => {
+                drop(bound);
+                Some(ioas.iova_ranges().ok()?.ranges)
+            }
+        }
+    }
+
+    /// What can be mapped at present, the smallest page, and mappings at most.
+    fn limits(&self) -> Result<Limits> {
+        match self {
+            Self::Group(container, _) => {
+                let info = container.info()?;
+                let most = container.max_mappings().map_or(usize::MAX, |most| most as usize);
+                let all = || vec![IovaRange { start: 0, last: u64::MAX }];
+                Ok((info.ranges.clone().unwrap_or_else(all), info.granule(), most))
+            }
+            Self::Cdev(_, ioas) => {
+                let ranges = ioas.iova_ranges()?;
+                let page = rustix::param::page_size() as u64;
+                Ok((ranges.ranges, ranges.alignment.max(page), usize::MAX))
+            }
+        }
+    }
+}
+
+/// Gives a place up after its device is closed, and lets those that stay have what it kept from them.
+pub(super) struct Seat {
+    place: Option<Place>,
+    space: AddressSpace,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let usable = self.place.take().and_then(Place::leave);
+        // Ranges only grow here. A space that can't be told keeps the narrower ones.
+        if let Some(usable) = usable
+            && let Err((mapping, hole)) = self.space.install(&usable)
+        {
+            tracing::warn!(?mapping, ?hole, "the kernel's ranges shrank when a device left");
+        }
+    }
+}
+
+struct Seated {
+    device: DeviceFd,
+    place: Place,
+    usable: Vec<IovaRange>,
+    granule: u64,
+    max_mappings: usize,
+    info: super::ProtocolInfo,
+    regions: Vec<Option<RegionInfo>>,
+    irqs: Vec<IrqInfo>,
+}
+
+enum Refusal {
+    /// The device reserves these addresses, one of which is in use.
+    Reserves(Vec<IovaRange>, Error),
+    Other(Error),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// All of the kernel's part, which takes its time: opening a device resets it, joining a space pins its memory.
+fn seat(bdf: Bdf, way: Way, host: Option<Host>, token: Option<&VfToken>, no_iommu: bool) -> Result<Seated, Refusal> {
+    let pci = Pci::system();
+    let found = pci.device(bdf)?;
+    let by_cdev = match (&host, way) {
+        (Some(Host::Ioas(_)), Way::Group) | (Some(Host::Container(_)), Way::Cdev) => {
+            return Err(Error::invalid(format!(
+                "{bdf}: a group and a cdev can't share an address space; open both devices in the same way"
+            ))
+            .into());
+        }
+        (Some(Host::Ioas(_)), _) | (None, Way::Cdev) => true,
+        (Some(Host::Container(_)), _) | (None, Way::Group) => false,
+        (None, Way::Best) => pci.prefers_cdev(&found) && !no_iommu,
+    };
+    let name = bdf.to_string();
+    let (device, place) = if by_cdev {
+        let (context, ioas) = match host {
+            Some(Host::Ioas(ioas)) => (ioas.context().clone(), ioas),
+            _ => {
+                let context = IommufdFd::open()?;
+                let ioas = Ioas::alloc(&context)?;
+                (context, ioas)
+            }
+        };
+        let bound = Unbound::find(&name)?.bind(&context, token.copied()).map_err(Error::from)?;
+        if let Err(error) = bound.attach(&ioas) {
+            return Err(Refusal::Reserves(bound.reserved().to_vec(), error));
+        }
+        (bound.device().clone(), Place::Cdev(bound, ioas))
+    } else {
+        let Some(group) = found.group.as_ref().map(|group| group.id) else {
+            let obstacles = pci.obstacles(&found);
+            let what = obstacles.group.first().map_or_else(|| format!("{bdf} has no IOMMU group"), ToString::to_string);
+            return Err(Error::NotReady { what }.into());
+        };
+        let container = match host {
+            Some(Host::Container(container)) => container,
+            _ => Container::new()?,
+        };
+        container.add_group(group, no_iommu).map_err(|error| match error {
+            Error::Conflict { .. } => Refusal::Reserves(container.reserved(group).unwrap_or_default(), error),
+            error => Refusal::Other(error),
+        })?;
+        let place = Place::Group(container.clone(), group);
+        match container.device(&name, token) {
+            Ok(device) => (device, place),
+            Err(error) => {
+                place.leave();
+                return Err(error.into());
+            }
+        }
+    };
+    match describe(&device, &place, no_iommu) {
+        Ok((info, regions, irqs, (usable, granule, max_mappings))) => {
+            Ok(Seated { device, place, usable, granule, max_mappings, info, regions, irqs })
+        }
+        Err(error) => {
+            drop(device);
+            place.leave();
+            Err(error.into())
+        }
+    }
+}
+
+type Limits = (Vec<IovaRange>, u64, usize);
+type Description = (super::ProtocolInfo, Vec<Option<RegionInfo>>, Vec<IrqInfo>, Limits);
+
+/// What the kernel says of a device and of what it can reach.
+fn describe(device: &DeviceFd, place: &Place, no_iommu: bool) -> Result<Description> {
+    let info = device.info()?;
+    let regions = (0..info.regions.min(MAX_REGIONS)).map(|index| device.region_info(index)).collect::<Result<_>>()?;
+    let irqs = (0..info.irqs.min(MAX_IRQS)).map(|index| device.irq_info(index)).collect::<Result<_>>()?;
+    let limits = match no_iommu {
+        true => (Vec::new(), rustix::param::page_size() as u64, 0),
+        false => place.limits()?,
+    };
+    Ok((info, regions, irqs, limits))
+}
+
+impl From<super::ProtocolInfo> for DeviceInfo {
+    fn from(info: super::ProtocolInfo) -> Self {
+        Self { pci: info.flags & FLAG_PCI != 0, reset: info.flags & FLAG_RESET != 0, regions: info.regions, irqs: info.irqs }
+    }
+}
