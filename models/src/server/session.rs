@@ -315,7 +315,9 @@ fn device_info(payload: &[u8]) -> Result<Answer, Errno> {
     Ok(info.as_bytes().into())
 }
 
-/// The capability and the descriptor come when `argsz` has room for all; otherwise it tells how much is needed.
+/// The capability and the descriptor come when `argsz` has room for all; otherwise it tells how much is needed. The flag CAPS
+/// comes with the capability only: QEMU refuses a region whose capabilities are at offset 0, as the kernel says it of those that
+/// did not fit (`vfio_user_device_io_get_region_info`).
 fn region_info(payload: &[u8], device: &impl Device) -> Result<Answer, Errno> {
     let (request, _) = parse::<RegionInfo>(payload)?;
     at_least::<RegionInfo>(request.argsz.get())?;
@@ -328,8 +330,12 @@ fn region_info(payload: &[u8], device: &impl Device) -> Result<Answer, Errno> {
     }
     let needed = size_of::<RegionInfo>() + capability.len();
     let whole = request.argsz.get() as usize >= needed;
-    let extra = if spec.mappable.is_some() { REGION_MMAP | REGION_CAPS } else { 0 };
-    let cap_offset = if whole && !capability.is_empty() { size_of::<RegionInfo>() as u32 } else { 0 };
+    let extra = match &spec.mappable {
+        Some(_) if whole => REGION_MMAP | REGION_CAPS,
+        Some(_) => REGION_MMAP,
+        None => 0,
+    };
+    let cap_offset = if extra & REGION_CAPS != 0 { size_of::<RegionInfo>() as u32 } else { 0 };
     let info = RegionInfo {
         argsz: (needed as u32).into(),
         flags: (spec.flags | extra).into(),
