@@ -1,0 +1,69 @@
+#!/bin/busybox sh
+# The first process: mounts what a program expects, runs the plan, turns the machine off.
+# The second serial port is for the steps' output, so that the kernel's messages do not get in between.
+/bin/busybox mkdir -p /bin /sbin /proc /sys /dev /tmp /mnt
+/bin/busybox --install -s /bin
+. /etc/profile
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mountpoint -q /dev || mount -t devtmpfs dev /dev
+mkdir -p /dev/shm /dev/pts
+mount -t tmpfs shm /dev/shm
+mount -t devpts pts /dev/pts
+mount -t tmpfs tmp /tmp
+chmod 1777 /tmp /dev/shm
+mount -t debugfs debug /sys/kernel/debug
+ifconfig lo up
+ulimit -l unlimited
+. /mark
+
+if [ -n "$SHELL_ONLY" ]; then
+    echo
+    echo "vfio ADDRESS and kernel ADDRESS change a device's driver; vfio-uring is our command. exit ends the machine."
+    # An interactive shell reads this.
+    export ENV=/etc/profile
+    setsid cttyhack sh
+    poweroff -f
+fi
+
+stty -F /dev/ttyS1 raw -echo
+exec 3>/dev/ttyS1
+
+begin() {
+    name=$1
+    status=1
+    printf '\n%s begin %s\n' "$MARK" "$name" >&3
+}
+
+# The devices for vfio-pci.
+give() {
+    vfio "$@" >&3 2>&3
+}
+
+# Lines of shell.
+prepare() {
+    sh -c ". /etc/profile; set -e; $1" >&3 2>&3 </dev/null
+}
+
+# The devices' files for a user.
+hand_over() {
+    chown -R "$1" /dev/vfio /dev/iommu
+}
+
+run() {
+    seconds=$1
+    shift
+    timeout -s KILL "$seconds" "$@" >&3 2>&3 </dev/null
+    status=$?
+}
+
+end() {
+    # What the step has left behind; this process is spared.
+    kill -9 -1 2>/dev/null
+    printf '\n%s end %s\n' "$MARK" "$status" >&3
+}
+
+. /plan
+printf '\n%s done\n' "$MARK" >&3
+sync
+poweroff -f
