@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     sync::{
@@ -81,12 +81,13 @@ impl Host<'_> {
         let _server = self.server(boot)?;
         let console = format!("console-{}.log", boot.name());
         let errors = format!("qemu-{}.log", boot.name());
+        let results = File::create(self.vm.join(format!("results-{}.log", boot.name())))?;
         let mut command = self.command(boot, "quiet loglevel=4");
         command.args(["-serial", &format!("file:{console}"), "-serial", "stdio"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(self.vm.join(&errors))?);
         let mut child = Killed(command.spawn().context("starting QEMU")?);
         let stdout = child.0.stdout.take().context("QEMU's output")?;
-        let (mut outcomes, end) = self.follow(&mark, stdout, steps)?;
+        let (mut outcomes, end) = self.follow(&mark, stdout, results, steps)?;
         drop(child);
         if let Some(end) = end {
             let said = fs::read_to_string(self.vm.join(&errors)).unwrap_or_default();
@@ -163,8 +164,8 @@ impl Host<'_> {
     }
 
     /// Reads results until the guest has ended, or is given up: then why.
-    fn follow(&self, mark: &str, stdout: ChildStdout, steps: &[Step]) -> Result<(Vec<Outcome>, Option<String>)> {
-        let lines = lines(stdout);
+    fn follow(&self, mark: &str, stdout: ChildStdout, log: File, steps: &[Step]) -> Result<(Vec<Outcome>, Option<String>)> {
+        let lines = lines(stdout, log);
         let mut reader = Reader::new(mark);
         let mut outcomes = Vec::new();
         let mut done = false;
@@ -217,13 +218,15 @@ pub fn initramfs(boot: Boot) -> String {
     format!("initramfs-{}.cpio", boot.name())
 }
 
-/// Lines as they come; the channel ends with the stream.
-fn lines(stdout: ChildStdout) -> mpsc::Receiver<String> {
+/// Lines as they come, which are logged too; the channel ends with the stream.
+fn lines(stdout: ChildStdout, mut log: File) -> mpsc::Receiver<String> {
     let (send, receive) = mpsc::channel();
     thread::spawn(move || {
         let mut from = BufReader::new(stdout);
         let mut bytes = Vec::new();
         while from.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
+            // A full disk is no reason to lose the results.
+            let _ = log.write_all(&bytes);
             let line = String::from_utf8_lossy(&bytes).trim_end_matches('\n').to_string();
             if send.send(line).is_err() {
                 break;

@@ -26,8 +26,8 @@ pub fn run() -> bool {
         say(&format!("group of {address}"), group.exists(), &group_of(&group));
     }
     let blocks = format!("/sys/bus/pci/devices/{NVME}/nvme");
-    for (namespace, size) in [("n1", "512"), ("n2", "4096")] {
-        let found = block_size(Path::new(&blocks), namespace);
+    for (namespace, size) in [("1", "512"), ("2", "4096")] {
+        let found = block_size(Path::new(&blocks), namespace).unwrap_or_else(|| "not found".into());
         say(&format!("block size of namespace {namespace} of {NVME}"), found == size, &found);
     }
     let disabled = read(Path::new("/proc/sys/kernel/io_uring_disabled"));
@@ -45,10 +45,10 @@ fn group_of(link: &Path) -> String {
     fs::read_link(link).map_or_else(|error| error.to_string(), |path| path.display().to_string())
 }
 
-/// Of the namespace of the controller whose folder `nvme` is.
-fn block_size(nvme: &Path, namespace: &str) -> String {
-    let controller = fs::read_dir(nvme).ok().and_then(|mut entries| entries.next()?.ok());
-    let Some(controller) = controller else { return "no controller of the kernel's driver".into() };
-    let name = format!("{}{namespace}", controller.file_name().display());
-    read(&controller.path().join(name).join("queue/logical_block_size"))
+/// Of a namespace of the controller whose folder `nvme` is. The number in a disk's name is not that of the namespace.
+fn block_size(nvme: &Path, namespace: &str) -> Option<String> {
+    let controller = fs::read_dir(nvme).ok()?.next()?.ok()?.path();
+    let mut disks = fs::read_dir(controller).ok()?.filter_map(Result::ok).map(|entry| entry.path());
+    let disk = disks.find(|disk| read(&disk.join("nsid")) == namespace)?;
+    Some(read(&disk.join("queue/logical_block_size")))
 }
