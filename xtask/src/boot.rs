@@ -89,13 +89,17 @@ impl Host<'_> {
         let stdout = child.0.stdout.take().context("QEMU's output")?;
         let (mut outcomes, end) = self.follow(&mark, stdout, results, steps)?;
         drop(child);
-        if let Some(end) = end {
+        if let Some(end) = &end {
             let said = fs::read_to_string(self.vm.join(&errors)).unwrap_or_default();
             eprintln!("xtask: {end}; the last of the kernel's messages ({}):", self.vm.join(&console).display());
             eprintln!("{}{}", last_lines(&self.vm.join(&console)), said.trim_end());
-            for step in &steps[outcomes.len().min(steps.len())..] {
-                let failure = Some(format!("not run: {end}"));
-                outcomes.push(Outcome { name: step.name.clone(), failure, took: Duration::ZERO, output: String::new() });
+        }
+        for step in steps {
+            if outcomes.iter().all(|outcome| outcome.name != step.name) {
+                let failure = Some(format!("no result: {}", end.as_deref().unwrap_or("the guest says nothing of it")));
+                let outcome = Outcome { name: step.name.clone(), failure, took: Duration::ZERO, output: String::new() };
+                println!("{}", outcome.line());
+                outcomes.push(outcome);
             }
         }
         Ok(outcomes)
