@@ -30,15 +30,23 @@ fi
 stty -F /dev/ttyS1 raw -echo
 exec 3>/dev/ttyS1
 
-begin() {
-    name=$1
-    status=1
-    printf '\n%s begin %s\n' "$MARK" "$name" >&3
+# All that writes does so in a process of its own: orphans that end interrupt the writes of this one.
+tell() {
+    (printf '\n%s %s\n' "$MARK" "$*" >&3)
 }
 
-# The devices for vfio-pci.
+begin() {
+    status=1
+    tell begin "$1"
+}
+
+# The devices for vfio-pci, and back.
 give() {
-    vfio "$@" >&3 2>&3
+    (vfio "$@") >&3 2>&3
+}
+
+take_back() {
+    (kernel "$@") >&3 2>&3
 }
 
 # Lines of shell.
@@ -61,10 +69,10 @@ run() {
 end() {
     # What the step has left behind; this process is spared.
     kill -9 -1 2>/dev/null
-    printf '\n%s end %s\n' "$MARK" "$status" >&3
+    tell end "$status"
 }
 
 . /plan
-printf '\n%s done\n' "$MARK" >&3
+tell done
 sync
 poweroff -f

@@ -1,6 +1,12 @@
 //! What `xtask guest-check` looks at, in the guest: whether it is the machine that the tests expect.
 
-use std::{fs, os::unix::fs::FileTypeExt, path::Path};
+use std::{
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use crate::machine::{DEVICES, NVME};
 
@@ -27,7 +33,7 @@ pub fn run() -> bool {
     }
     let blocks = format!("/sys/bus/pci/devices/{NVME}/nvme");
     for (namespace, size) in [("1", "512"), ("2", "4096")] {
-        let found = block_size(Path::new(&blocks), namespace).unwrap_or_else(|| "not found".into());
+        let found = wait_for(|| block_size(Path::new(&blocks), namespace)).unwrap_or_else(|| "not found".into());
         say(&format!("block size of namespace {namespace} of {NVME}"), found == size, &found);
     }
     let disabled = read(Path::new("/proc/sys/kernel/io_uring_disabled"));
@@ -43,6 +49,17 @@ fn read(path: &Path) -> String {
 
 fn group_of(link: &Path) -> String {
     fs::read_link(link).map_or_else(|error| error.to_string(), |path| path.display().to_string())
+}
+
+/// The kernel finds namespaces while the first processes run.
+fn wait_for<T>(look: impl Fn() -> Option<T>) -> Option<T> {
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        match look() {
+            None if Instant::now() < until => thread::sleep(Duration::from_millis(50)),
+            found => return found,
+        }
+    }
 }
 
 /// Of a namespace of the controller whose folder `nvme` is. The number in a disk's name is not that of the namespace.

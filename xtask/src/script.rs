@@ -49,7 +49,7 @@ fn one(number: usize, step: &Step) -> String {
         lines.push(format!("prepare {}", quote(step.after)));
     }
     if !devices.is_empty() {
-        lines.push(format!("kernel {devices}"));
+        lines.push(format!("take_back {devices}"));
     }
     lines.push("end".into());
     lines.join("\n") + "\n"
@@ -100,14 +100,14 @@ mod tests {
         step.transport = Some(Transport::Cdev);
         let run = "run 9 env VFIO_URING_GUEST=1 RUST_BACKTRACE=1 VFIO_URING_DEVICE=d1 VFIO_URING_DEVICES=d1,d2 \
                    VFIO_URING_TRANSPORT=cdev 'X=1 2' /bin/vfio-uring bench 'two words'";
-        assert_eq!(plan(&[step.clone()]), format!("begin io\ngive d1 d2 && {run}\nkernel d1 d2\nend\n"));
+        assert_eq!(plan(&[step.clone()]), format!("begin io\ngive d1 d2 && {run}\ntake_back d1 d2\nend\n"));
         let step = step.before("echo 1 >/x").after("echo 2 >/x").by_user(64);
         let lines = plan(&[step]);
         assert!(
             lines
                 .contains("give d1 d2 && prepare 'echo 1 >/x' && hand_over user && run 9 /bin/sh -c 'ulimit -l 64; exec su")
         );
-        assert!(lines.contains("hand_over root\nprepare 'echo 2 >/x'\nkernel d1 d2\nend"));
+        assert!(lines.contains("hand_over root\nprepare 'echo 2 >/x'\ntake_back d1 d2\nend"));
     }
 
     #[test]
