@@ -17,6 +17,7 @@ vfio() {
 kernel() {
     for device in "$@"; do
         folder=/sys/bus/pci/devices/$device
+        [ -e "$folder" ] || continue
         [ -e "$folder/driver" ] && echo "$device" >"$folder/driver/unbind"
         echo >"$folder/driver_override"
         echo "$device" >/sys/bus/pci/drivers_probe
