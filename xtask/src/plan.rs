@@ -216,6 +216,7 @@ pub fn steps() -> Vec<Step> {
         Step::script("vfio-bind", include_str!("../guest/vfio-bind.sh"), &[])
             .devices(&[crate::machine::NVME, crate::machine::EDU])
             .each_transport(),
+        Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]),
         Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).in_vfio_user().within(120),
     ];
     steps.into_iter().flat_map(Step::each).collect()
