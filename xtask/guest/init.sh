@@ -18,8 +18,8 @@ ifconfig lo up
 ulimit -l unlimited
 . /mark
 
-if [ -n "$SHELL_ONLY" ]; then
-    echo
+if [ -n "$PROMPT" ]; then
+    printf '\n%s' "$PROMPT"
     echo "vfio ADDRESS and kernel ADDRESS change a device's driver; vfio-uring is our command. exit ends the machine."
     # An interactive shell reads this.
     export ENV=/etc/profile

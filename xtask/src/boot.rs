@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     binaries::Built,
     initramfs::Archive,
-    machine::{Accel, Boot, DISK, DISKS, SOCKET},
+    machine::{Accel, Boot, DEVICES, DISK, DISKS, SOCKET},
     plan::{COMMAND, Step},
     qemu::Qemu,
     report::{Event, Outcome, Reader},
@@ -110,7 +110,8 @@ impl Host<'_> {
     /// # Errors
     /// When the machine can't be started.
     pub fn shell(&self, boot: Boot) -> Result<()> {
-        self.prepare(boot, "SHELL_ONLY=1\n", &[])?;
+        let devices = DEVICES.map(|(address, _, what)| format!("{address}  {what}\n")).concat();
+        self.prepare(boot, &format!("PROMPT={}\n", script::quote(&devices)), &[])?;
         let mut command = self.command(boot, "quiet loglevel=3");
         let status = command.args(["-serial", "mon:stdio"]).status().context("starting QEMU")?;
         if !status.success() {
