@@ -122,7 +122,7 @@ impl Host<'_> {
 
     /// Makes the disks and the initramfs; `settings` are for init.
     fn prepare(&self, boot: Boot, settings: &str, steps: &[Step]) -> Result<()> {
-        if boot == Boot::Devices {
+        if boot != Boot::VfioUser {
             for disk in DISKS {
                 let path = self.vm.join(disk);
                 File::create(&path).and_then(|file| file.set_len(DISK)).with_context(|| path.display().to_string())?;

@@ -27,7 +27,7 @@ pub const DEVICES: [(&str, &str, &str); 4] = [
 pub const DISK: u64 = 256 << 20;
 /// The disks' files: the two namespaces of the first controller, and that of the second.
 pub const DISKS: [&str; 3] = ["disk0.img", "disk1.img", "disk2.img"];
-/// The socket of the software controller, for the second machine.
+/// The socket of the software controller, for the machine that has it.
 pub const SOCKET: &str = "nvme.sock";
 
 /// How QEMU runs the guest.
@@ -45,18 +45,21 @@ pub enum Accel {
 pub enum Boot {
     /// VT-d, two NVMe controllers, igb and edu.
     Devices,
+    /// The same without an IOMMU, and with a kernel that lends devices all the same.
+    NoIommu,
     /// One device, which the host serves by vfio-user.
     VfioUser,
 }
 
 impl Boot {
-    /// Both, in the order in which they run.
-    pub const ALL: [Self; 2] = [Self::Devices, Self::VfioUser];
+    /// All, in the order in which they run.
+    pub const ALL: [Self; 3] = [Self::Devices, Self::NoIommu, Self::VfioUser];
 
     /// Its name in file names and messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Devices => "devices",
+            Self::NoIommu => "noiommu",
             Self::VfioUser => "vfio-user",
         }
     }
@@ -77,11 +80,15 @@ impl Boot {
         add("-kernel", &kernel.display().to_string());
         add("-initrd", &initramfs.display().to_string());
         match self {
-            Self::Devices => {
+            Self::Devices | Self::NoIommu => {
                 add("-machine", &format!("q35,{irqchip}"));
                 add("-m", "2G");
-                add("-append", &format!("{append} intel_iommu=on,sm_off"));
-                add("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on");
+                if self == Self::Devices {
+                    add("-append", &format!("{append} intel_iommu=on,sm_off"));
+                    add("-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on");
+                } else {
+                    add("-append", &format!("{append} vfio.enable_unsafe_noiommu_mode=1"));
+                }
                 // A link of the first generation and one lane: with others the bus reset of vfio-pci waits in vain.
                 for port in 1..=3 {
                     let place = format!("chassis={port},slot={port},addr={port}");

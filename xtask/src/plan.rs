@@ -5,10 +5,14 @@
 //!
 //! - [`Step::devices`]: devices (see [`machine`](crate::machine)) that vfio-pci has while the step runs; the kernel's drivers get
 //!   them back afterwards. The step finds the first in `VFIO_URING_DEVICE`, and all, with commas, in `VFIO_URING_DEVICES`.
-//! - [`Step::each_transport`]: it runs twice, with `VFIO_URING_TRANSPORT` set to `group` and to `cdev`.
+//! - [`Step::each_transport`]: it runs twice, with `VFIO_URING_TRANSPORT` set to `group` and to `cdev`; [`Step::on`]: on one
+//!   of them.
 //! - [`Step::by_user`]: not as root; the devices' files belong to that user meanwhile.
 //! - [`Step::before`] and [`Step::after`]: lines of shell, as root, for a module's parameter and the like.
+//! - [`Step::boot`]: another machine.
 //! - [`Step::within`]: how long it may take, 60 s otherwise.
+//!
+//! A test that finds nothing to do and writes a line that begins with `skipped:` makes its step fail: here it has all it needs.
 //!
 //! Programs are linked statically and built with the profile `guest`. In the guest a program is at `/bin/NAME` and a test at
 //! `/tests/PACKAGE.NAME`. `VFIO_URING_GUEST=1` is set, for tests that do nothing elsewhere.
@@ -17,7 +21,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::Boot;
+use crate::machine::{Boot, EDU, IGB, NVME, NVME2};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -117,7 +121,7 @@ impl Step {
 
     /// An integration test (`cargo test -p PACKAGE --test TEST`), as a whole.
     pub fn test(name: &str, package: &'static str, test: &'static str) -> Self {
-        Self::new(name, Action::Run(Binary::Test { package, name: test }, vec!["--color=never"]))
+        Self::new(name, Action::Run(Binary::Test { package, name: test }, vec!["--color=never", "--show-output"]))
     }
 
     /// A program of this workspace.
@@ -157,6 +161,12 @@ impl Step {
         self
     }
 
+    /// On one of them.
+    pub fn on(mut self, transport: Transport) -> Self {
+        self.transport = Some(transport);
+        self
+    }
+
     /// As an ordinary user, who may lock so many KiB of memory.
     pub fn by_user(mut self, memlock: u32) -> Self {
         self.user = Some(memlock);
@@ -181,9 +191,9 @@ impl Step {
         self
     }
 
-    /// In the machine that has the software controller.
-    pub fn in_vfio_user(mut self) -> Self {
-        self.boot = Boot::VfioUser;
+    /// In another machine than that of all devices behind an IOMMU.
+    pub fn boot(mut self, boot: Boot) -> Self {
+        self.boot = boot;
         self
     }
 
@@ -213,13 +223,32 @@ pub fn steps() -> Vec<Step> {
     let steps = vec![
         Step::program("guest", XTASK, &["guest-check"]).within(30),
         Step::test("reactor", "vfio-uring", "reactor").within(120),
-        Step::script("vfio-bind", include_str!("../guest/vfio-bind.sh"), &[])
-            .devices(&[crate::machine::NVME, crate::machine::EDU])
-            .each_transport(),
+        Step::script("vfio-bind", include_str!("../guest/vfio-bind.sh"), &[]).devices(&[NVME, EDU]).each_transport(),
+        kernel_vfio(Step::test("group", "vfio-uring", "vfio_group").on(Transport::Group))
+            .args(&["--skip", "without_an_iommu"]),
+        kernel_vfio(Step::test("cdev", "vfio-uring", "vfio_cdev").on(Transport::Cdev)),
+        Step::test("noiommu", "vfio-uring", "vfio_group")
+            .on(Transport::Group)
+            .args(&["without_an_iommu"])
+            .boot(Boot::NoIommu)
+            .devices(&[NVME])
+            .env("VFIO_URING_TEST_NOIOMMU", NVME),
         Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]),
-        Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).in_vfio_user().within(120),
+        Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).boot(Boot::VfioUser).within(120),
     ];
     steps.into_iter().flat_map(Step::each).collect()
+}
+
+/// A test of the kernel's VFIO, with all the devices.
+fn kernel_vfio(step: Step) -> Step {
+    step.devices(&[NVME, NVME2, EDU, IGB])
+        .env("VFIO_URING_TEST_BDF", NVME)
+        .env("VFIO_URING_TEST_BDF2", NVME2)
+        .env("VFIO_URING_TEST_EDU", EDU)
+        .env("VFIO_URING_TEST_PF", IGB)
+        .before("echo Y >/sys/module/vfio_pci/parameters/enable_sriov")
+        .after("echo N >/sys/module/vfio_pci/parameters/enable_sriov")
+        .within(180)
 }
 
 /// Those that were asked for: by a part of the name (all, when none is given), and by transport.

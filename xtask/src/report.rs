@@ -10,6 +10,8 @@ use std::{
 const LINES: usize = 2000;
 /// The status of a program that was killed, as the shell has it.
 const KILLED: u32 = 128 + 9;
+/// What a test writes that does not find what it is for. In the guest it is to find it.
+const SKIPPED: &str = "skipped:";
 
 /// How a step ended.
 #[derive(Debug, Clone)]
@@ -107,7 +109,7 @@ impl Reader {
     fn ended(&mut self, status: &str, now: Instant) -> Option<Outcome> {
         let took = now.saturating_duration_since(self.running()?.1);
         let failure = match status.parse::<u32>() {
-            Ok(0) => None,
+            Ok(0) => self.output.iter().find(|line| line.starts_with(SKIPPED)).cloned(),
             Ok(KILLED) if self.limit.is_some_and(|limit| took >= limit) => {
                 Some(format!("not done within {} s", self.limit.unwrap_or_default().as_secs()))
             }
@@ -187,6 +189,8 @@ mod tests {
         assert_eq!(read(killed, 2).0[0].failure.as_deref(), Some("not done within 2 s"));
         assert_eq!(read("@@7 begin a\n@@7 end 134\n", 60).0[0].failure.as_deref(), Some("killed by signal 6"));
         assert_eq!(read("@@7 begin a\n@@7 end what\n", 60).0[0].failure.as_deref(), Some("exit status what"));
+        let skipped = read("@@7 begin a\nok\nskipped: X is not set\nskipped: Y\n@@7 end 0\n", 60);
+        assert_eq!(skipped.0[0].failure.as_deref(), Some("skipped: X is not set"));
         let (outcomes, done, mut reader) = read("@@7 end 0\n@@7 nonsense\n@@7 begin a\nlast words", 60);
         assert!(outcomes.is_empty() && !done);
         let outcome = reader.cut_off("the guest has ended", Instant::now()).unwrap();
