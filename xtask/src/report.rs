@@ -34,11 +34,23 @@ impl Outcome {
         let _ = write!(text, "{:<32} {verdict:<6} {:6.1} s", self.name, self.took.as_secs_f64());
         if let Some(why) = &self.failure {
             let _ = write!(text, "  {why}");
-            for line in self.output.lines() {
+            for line in self.relevant() {
                 let _ = write!(text, "\n    | {line}");
             }
         }
         text
+    }
+
+    /// Without what tests wrote that passed, when others failed.
+    fn relevant(&self) -> Vec<&str> {
+        let mut lines: Vec<_> = self.output.lines().collect();
+        let find = |heading| lines.iter().position(|line| *line == heading);
+        if let (Some(passed), Some(failed)) = (find("successes:"), find("failures:"))
+            && passed < failed
+        {
+            lines.drain(passed..failed);
+        }
+        lines
     }
 }
 
@@ -197,6 +209,15 @@ mod tests {
         assert_eq!((outcome.name.as_str(), outcome.output.as_str()), ("a", "last words"));
         assert!(outcome.line().contains("FAILED") && outcome.line().contains("\n    | last words"));
         assert!(reader.cut_off("", Instant::now()).is_none());
+    }
+
+    #[test]
+    fn what_passed_is_left_out_of_a_failure() {
+        let output = "test a ... ok\ntest b ... FAILED\n\nsuccesses:\nnoise of a\n\nsuccesses:\n    a\n\nfailures:\nb panicked\n\nfailures:\n    b";
+        let failure = Some("exit status 101".into());
+        let line = Outcome { name: "t".into(), failure, took: Duration::ZERO, output: output.into() }.line();
+        assert!(!line.contains("noise") && line.contains("| test b ... FAILED") && line.contains("| b panicked"), "{line}");
+        assert!(line.ends_with("|     b"));
     }
 
     #[test]

@@ -100,8 +100,8 @@ fn a_device_without_a_reset_says_so() {
     assert!(matches!(&error, Error::Unsupported { what } if what.contains("hot reset")), "{error}");
     let error = device.hot_reset_info().unwrap_err();
     assert!(matches!(&error, Error::Unsupported { .. }), "{error}");
-    // No PCI Express, so no error interrupt.
-    assert_eq!(device.irq_info(3).unwrap().count, 0);
+    // No PCI Express, so no error interrupt; from Linux 7.3 on it is there all the same.
+    assert!(device.irq_info(3).unwrap().count <= 1);
 }
 
 #[test]
