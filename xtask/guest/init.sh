@@ -54,11 +54,6 @@ prepare() {
     sh -c ". /etc/profile; set -e; $1" >&3 2>&3 </dev/null
 }
 
-# The devices' files for a user.
-hand_over() {
-    chown -R "$1" /dev/vfio /dev/iommu
-}
-
 run() {
     seconds=$1
     shift

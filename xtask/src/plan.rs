@@ -7,8 +7,7 @@
 //!   them back afterwards. The step finds the first in `VFIO_URING_DEVICE`, and all, with commas, in `VFIO_URING_DEVICES`.
 //! - [`Step::each_transport`]: it runs twice, with `VFIO_URING_TRANSPORT` set to `group` and to `cdev`; [`Step::on`]: on one
 //!   of them.
-//! - [`Step::by_user`]: not as root; the devices' files belong to that user meanwhile.
-//! - [`Step::before`] and [`Step::after`]: lines of shell, as root, for a module's parameter and the like.
+//! - [`Step::before`] and [`Step::after`]: lines of shell, for a module's parameter and the like.
 //! - [`Step::boot`]: another machine.
 //! - [`Step::within`]: how long it may take, 60 s otherwise.
 //!
@@ -89,8 +88,6 @@ pub struct Step {
     pub devices: Vec<&'static str>,
     /// Set where it runs on one of them.
     pub transport: Option<Transport>,
-    /// The KiB of memory that it may lock, when it is not root.
-    pub user: Option<u32>,
     /// Shell that prepares it.
     pub before: &'static str,
     /// Shell that undoes that.
@@ -100,8 +97,6 @@ pub struct Step {
     both: bool,
 }
 
-// Not every step needs every method.
-#[allow(dead_code)]
 impl Step {
     fn new(name: &str, action: Action) -> Self {
         Self {
@@ -111,7 +106,6 @@ impl Step {
             boot: Boot::Devices,
             devices: Vec::new(),
             transport: None,
-            user: None,
             before: "",
             after: "",
             timeout: Duration::from_secs(60),
@@ -167,19 +161,13 @@ impl Step {
         self
     }
 
-    /// As an ordinary user, who may lock so many KiB of memory.
-    pub fn by_user(mut self, memlock: u32) -> Self {
-        self.user = Some(memlock);
-        self
-    }
-
-    /// Shell to run first, as root.
+    /// Shell to run first.
     pub fn before(mut self, lines: &'static str) -> Self {
         self.before = lines;
         self
     }
 
-    /// Shell to run last, as root, however the step ended.
+    /// Shell to run last, however the step ended.
     pub fn after(mut self, lines: &'static str) -> Self {
         self.after = lines;
         self

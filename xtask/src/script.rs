@@ -42,9 +42,6 @@ fn one(number: usize, step: &Step) -> String {
         run = format!("give {devices} && {run}");
     }
     lines.push(run);
-    if step.user.is_some() {
-        lines.push("hand_over root".into());
-    }
     if !step.after.is_empty() {
         lines.push(format!("prepare {}", quote(step.after)));
     }
@@ -70,14 +67,7 @@ fn command(number: usize, step: &Step) -> String {
         Action::Run(binary, arguments) => words([binary.path().as_str()].into_iter().chain(arguments.iter().copied())),
         Action::Script(..) => words(["/bin/sh", path.as_str()]),
     };
-    let mut command = format!("env {} {program}", words(env.iter().map(String::as_str)));
-    let mut first = String::new();
-    if let Some(memlock) = step.user {
-        let as_user = format!("ulimit -l {memlock}; exec su -s /bin/sh user -c {}", quote(&format!("exec {command}")));
-        command = words(["/bin/sh", "-c", as_user.as_str()]);
-        first = "hand_over user && ".into();
-    }
-    format!("{first}run {} {command}", step.timeout.as_secs())
+    format!("run {} env {} {program}", step.timeout.as_secs(), words(env.iter().map(String::as_str)))
 }
 
 #[cfg(test)]
@@ -101,13 +91,10 @@ mod tests {
         let run = "run 9 env VFIO_URING_GUEST=1 RUST_BACKTRACE=1 VFIO_URING_DEVICE=d1 VFIO_URING_DEVICES=d1,d2 \
                    VFIO_URING_TRANSPORT=cdev 'X=1 2' /bin/vfio-uring bench 'two words'";
         assert_eq!(plan(&[step.clone()]), format!("begin io\ngive d1 d2 && {run}\ntake_back d1 d2\nend\n"));
-        let step = step.before("echo 1 >/x").after("echo 2 >/x").by_user(64);
+        let step = step.before("echo 1 >/x").after("echo 2 >/x");
         let lines = plan(&[step]);
-        assert!(
-            lines
-                .contains("give d1 d2 && prepare 'echo 1 >/x' && hand_over user && run 9 /bin/sh -c 'ulimit -l 64; exec su")
-        );
-        assert!(lines.contains("hand_over root\nprepare 'echo 2 >/x'\ntake_back d1 d2\nend"));
+        assert!(lines.contains("give d1 d2 && prepare 'echo 1 >/x' && run 9 env "), "{lines}");
+        assert!(lines.ends_with("\nprepare 'echo 2 >/x'\ntake_back d1 d2\nend\n"), "{lines}");
     }
 
     #[test]
