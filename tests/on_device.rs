@@ -135,6 +135,8 @@ fn reset_and_again() {
             let mut buf = pool.alloc(PAGE).unwrap();
             fill(&mut buf, round);
             ns.write(round * 8, buf).await.0.unwrap();
+            // It is up, and nobody shuts it down: a register that it writes during the reset would hold the thread.
+            drop((ns, nvme));
             let turns = Rc::new(Cell::new(0u64));
             let counter = turns.clone();
             let other = spawn(async move {
@@ -154,8 +156,6 @@ fn reset_and_again() {
             if rig.is_kernel() {
                 println!("a reset took {took:?}; another task had {} turns meanwhile", turns.get() - before);
             }
-            // Its queues are gone with the reset, and the controller's end says so or is quiet about it; nothing is read by it.
-            drop((ns, nvme));
             let nvme = Controller::new(&rig.device, Options::default()).await.unwrap();
             let ns = nvme.create_queue(8).await.unwrap().namespace(1).unwrap();
             let (read, buf) = ns.read(round * 8, pool.alloc(PAGE).unwrap()).await;

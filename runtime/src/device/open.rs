@@ -1,6 +1,10 @@
 //! Opening a device by each of its ways.
 
-use std::{path::Path, rc::Rc};
+use std::{
+    path::Path,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use blocking::unblock;
 
@@ -22,6 +26,9 @@ use crate::{
         vfio::{Attached, DeviceFd, RegionInfo, VfToken},
     },
 };
+
+/// How long a device that was dropped may take to close: what it was asked last may still run, on a thread of its own.
+const CLOSING: Duration = Duration::from_millis(200);
 
 /// What a device is made of. In the order of closing: mappings of BARs, the device, its place in the address space, the space.
 pub(super) struct Opened {
@@ -91,7 +98,14 @@ pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Open
         None => None,
     };
     let (token, no_iommu) = (options.vf_token, options.no_iommu);
-    let seated = unblock(move || seat(bdf, way, host, token.as_ref(), no_iommu)).await;
+    let start = Instant::now();
+    let seated = loop {
+        let host = host.clone();
+        match unblock(move || seat(bdf, way, host, token.as_ref(), no_iommu)).await {
+            Err(Refusal::Other(Error::InUse { .. })) if start.elapsed() < CLOSING => reactor::sleep(CLOSING / 10).await,
+            seated => break seated,
+        }
+    };
     let Seated { device, place, usable, granule, max_mappings, info, regions, irqs } = match (seated, &options.space) {
         (Err(Refusal::Reserves(reserved, error)), Some(space)) => {
             let clash = overlaps(space.taken().into_iter(), &reserved);
@@ -141,6 +155,7 @@ pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Open
 }
 
 /// An address space that a device joins.
+#[derive(Clone)]
 enum Host {
     Container(Container),
     Ioas(Ioas),

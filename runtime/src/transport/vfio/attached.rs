@@ -147,16 +147,9 @@ impl Attached {
         Ok(())
     }
 
-    /// Releases a vector: soon, and before the next request.
-    pub(crate) fn unset_irq(self: &Rc<Self>, index: u32, vector: u32) {
+    /// Releases a vector: before the next request, or with the device. Until then it signals an eventfd that nobody has.
+    pub(crate) fn unset_irq(&self, index: u32, vector: u32) {
         self.released.borrow_mut().push((index, vector));
-        if reactor::is_running() {
-            let this = self.clone();
-            reactor::spawn(async move {
-                let mut irqs = this.irqs.lock().await;
-                this.apply_released(&mut irqs).await;
-            });
-        }
     }
 
     async fn apply_released(&self, irqs: &mut Irqs) {
