@@ -1,6 +1,9 @@
 //! The driver's error type.
 
-use std::sync::Arc;
+use std::{
+    io::{self, ErrorKind},
+    sync::Arc,
+};
 
 use crate::spec::Status;
 
@@ -60,5 +63,33 @@ impl Error {
 impl From<vfio_uring::Error> for Error {
     fn from(error: vfio_uring::Error) -> Self {
         Self::Runtime(Box::new(error))
+    }
+}
+
+impl From<Error> for io::Error {
+    /// Keeps the error as the source ([`io::Error::get_ref`]), under the kind that is nearest.
+    fn from(error: Error) -> Self {
+        Self::new(kind(&error), error)
+    }
+}
+
+fn kind(error: &Error) -> ErrorKind {
+    use vfio_uring::Error as Runtime;
+    match error {
+        Error::Runtime(error) => match &**error {
+            Runtime::Io { source, .. } | Runtime::NoIoUring { source } | Runtime::Refused { source, .. } => source.kind(),
+            Runtime::Invalid { .. } | Runtime::Address { .. } => ErrorKind::InvalidInput,
+            Runtime::DeviceFault { .. } => ErrorKind::InvalidData,
+            Runtime::Timeout { .. } => ErrorKind::TimedOut,
+            Runtime::Gone { .. } => ErrorKind::NotConnected,
+            Runtime::Unsupported { .. } => ErrorKind::Unsupported,
+            Runtime::InUse { .. } => ErrorKind::ResourceBusy,
+            Runtime::Exhausted { .. } => ErrorKind::OutOfMemory,
+            _ => ErrorKind::Other,
+        },
+        Error::Ended(error) => kind(error),
+        Error::NoRunner => ErrorKind::NotConnected,
+        Error::Full(_) => ErrorKind::ResourceBusy,
+        Error::Status(_) | Error::Controller(_) => ErrorKind::Other,
     }
 }

@@ -20,6 +20,8 @@ use crate::{
     stream::CommandStream,
 };
 
+const FOREIGN: &str = "the buffer is mapped for another device: allocate it from a pool of this device's address space";
+
 /// What Identify says of a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NamespaceInfo {
@@ -156,13 +158,18 @@ impl Namespace {
         if len != 0 && whole && fits && buf.space_id() == self.queue.space_id { Ok(()) } else { Err(self.refuse(lba, buf)) }
     }
 
+    /// Refuses a buffer of another device.
+    pub(crate) fn check_space(&self, buf: &DmaBuf) -> Result<()> {
+        if buf.space_id() == self.queue.space_id { Ok(()) } else { Err(Error::invalid(FOREIGN)) }
+    }
+
     #[cold]
     fn refuse(&self, lba: u64, buf: &DmaBuf) -> Error {
         let (len, size, blocks) = (buf.len(), self.info.block_size, self.info.blocks);
         Error::invalid(if len == 0 || !len.is_multiple_of(size as usize) {
             format!("a transfer of {len} bytes: it has to be a multiple of the block size, {size} bytes, and not 0")
         } else if buf.space_id() != self.queue.space_id {
-            "the buffer is mapped for another device: allocate it from a pool of this device's address space".into()
+            FOREIGN.into()
         } else {
             format!("a transfer of {} blocks at {lba} is beyond the namespace's end at {blocks}", len / size as usize)
         })
