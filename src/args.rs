@@ -95,8 +95,9 @@ pub struct Bench {
     /// Bytes from the namespace's start that are used
     #[arg(long, default_value = "64m", value_parser = size)]
     pub size: u64,
-    /// The device [default: the software controller, in this process]
-    #[arg(long, value_name = "vfio-user:PATH", value_parser = address)]
+    /// The device: vfio-user:PATH, or 0000:01:00.0 for one that vfio-pci has (with group: or cdev: before it, by that way of the
+    /// kernel's VFIO) [default: the software controller, in this process]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
     pub device: Option<Address>,
     /// Namespace
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
@@ -251,8 +252,9 @@ pub struct ServeNvme {
 #[command(after_help = "An NVMe controller is reset and identified for its part of the answer, and shut down after: don't \
                         ask while a driver uses it.")]
 pub struct Info {
-    /// The device
-    #[arg(value_name = "vfio-user:PATH", value_parser = address)]
+    /// The device: vfio-user:PATH, or 0000:01:00.0 for one that vfio-pci has (with group: or cdev: before it, by that way of the
+    /// kernel's VFIO)
+    #[arg(value_name = "ADDRESS", value_parser = address)]
     pub device: Address,
     /// Form of the answer
     #[arg(long, value_enum, default_value_t = Format::Human)]

@@ -15,6 +15,7 @@ use crate::{
     bench::bytes,
     failure::{Failure, Result, print},
     open::open,
+    reach::Reach,
 };
 
 /// Class, subclass and programming interface of an NVM Express controller.
@@ -32,6 +33,7 @@ struct Description {
     pci: Option<Pci>,
     regions: Vec<RegionInfo>,
     irqs: Vec<IrqInfo>,
+    dma: Reach,
     nvme: Option<Nvme>,
     #[serde(skip)]
     missing: Vec<String>,
@@ -139,6 +141,7 @@ async fn describe(args: &Info) -> Result<Description> {
         pci,
         regions: regions(&device),
         irqs: irqs(&device),
+        dma: Reach::of(&device),
         nvme,
         missing,
     })
@@ -269,6 +272,7 @@ impl Description {
                 writeln!(text, "  {:#06x}     {:#06x}  {}{extended}", found.offset, found.id, found.name)?;
             }
         }
+        self.dma.write_human(text)?;
         if let Some(nvme) = &self.nvme {
             let cache = if nvme.volatile_cache { "a volatile write cache" } else { "no volatile write cache" };
             writeln!(text, "NVMe controller")?;

@@ -11,6 +11,7 @@ mod info;
 mod list;
 mod open;
 mod pin;
+mod reach;
 mod serve;
 mod signals;
 

@@ -31,7 +31,7 @@ fn wrong_usage_is_status_2() {
         ("serve disk --socket x", "disk"),
         ("serve nvme --socket x --lba-size 520", "512 or 4096"),
         ("serve nvme --socket x --size 1000", "multiple"),
-        ("info", "vfio-user:PATH"),
+        ("info", "ADDRESS"),
         ("info nowhere", "vfio-user:"),
         ("list 0000:01:20.0", "00 to 1f"),
         ("list --all 0000:01:00.0", "--all"),

@@ -3,7 +3,7 @@
 use std::{
     env,
     future::Future,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -22,6 +22,7 @@ static DEVICE: Mutex<()> = Mutex::new(());
 
 /// Runs a test, within a deadline.
 pub fn run<T>(idle: Idle, test: impl Future<Output = T>) -> T {
+    let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
     let reactor = Reactor::builder().idle(idle).build().unwrap();
     reactor.block_on(async { timeout(Duration::from_secs(150), test).await.expect("no hang") })
 }
@@ -29,20 +30,18 @@ pub fn run<T>(idle: Idle, test: impl Future<Output = T>) -> T {
 pub struct Rig {
     pub device: Device,
     _server: Option<Running>,
-    _alone: MutexGuard<'static, ()>,
 }
 
 impl Rig {
     pub async fn open() -> Self {
-        let alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
         if let Ok(name) = env::var("VFIO_URING_DEVICE") {
             let device = Device::open(&address(&name)).await.unwrap();
-            return Self { device, _server: None, _alone: alone };
+            return Self { device, _server: None };
         }
         let namespaces = vec![NamespaceConfig::memory(64 << 20), NamespaceConfig::memory(64 << 20).with_lba_size(4096)];
         let server = nvme::spawn(Config { namespaces, ..Config::default() }).unwrap();
         let device = Device::open(&server.address().parse().unwrap()).await.unwrap();
-        Self { device, _server: Some(server), _alone: alone }
+        Self { device, _server: Some(server) }
     }
 
     /// Whether the device is one of the kernel's VFIO.
