@@ -13,7 +13,7 @@ use std::{
 use device::{Rig, fill, is_filled, run};
 use vfio_uring::{
     Error,
-    device::{Device, Irq, Options as DeviceOptions},
+    device::{Device, Irq, Options as DeviceOptions, index},
     dma::{HugePages, MapRefused, Pool},
     reactor::{Idle, sleep, spawn, yield_now},
 };
@@ -185,6 +185,40 @@ fn region_reads_during_resets() {
         }
         resets.await.unwrap();
         println!("{reads} reads of the identifiers during 3 resets");
+    });
+}
+
+/// What a read of four bytes costs by each of the ways to a device of the kernel: told, not judged.
+#[test]
+fn ways_to_read_a_region() {
+    run(Idle::Hybrid, async {
+        let rig = Rig::open().await;
+        let Some(descriptor) = rig.device.descriptor() else { return };
+        let offset = descriptor.region_info(index::CONFIG).unwrap().unwrap().offset;
+        let (config, fd) = (rig.device.config(), descriptor.shared());
+        let nonblocking = |on| {
+            let flags = rustix::fs::fcntl_getfl(fd).unwrap();
+            let new = if on { flags | rustix::fs::OFlags::NONBLOCK } else { flags - rustix::fs::OFlags::NONBLOCK };
+            rustix::fs::fcntl_setfl(fd, new).unwrap();
+        };
+        let mut times = [const { Vec::new() }; 3];
+        for _ in 0..500 {
+            let start = Instant::now();
+            descriptor.read_at(offset, &mut [0; 4]).unwrap();
+            times[0].push(start.elapsed());
+            let start = Instant::now();
+            config.read::<u32>(0).await.unwrap();
+            times[1].push(start.elapsed());
+            nonblocking(true);
+            let start = Instant::now();
+            config.read::<u32>(0).await.unwrap();
+            times[2].push(start.elapsed());
+            nonblocking(false);
+        }
+        for (way, times) in ["pread", "ring, by a worker", "ring, inline (O_NONBLOCK)"].iter().zip(&mut times) {
+            times.sort();
+            println!("{way}: median {:?}, 90 % within {:?}", times[times.len() / 2], times[times.len() * 9 / 10]);
+        }
     });
 }
 

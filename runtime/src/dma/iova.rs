@@ -79,6 +79,11 @@ impl IovaAllocator {
         self.free_bytes
     }
 
+    /// Free pieces: with nothing handed out, one for each of the ranges that do not touch.
+    pub fn free_pieces(&self) -> usize {
+        self.free.len()
+    }
+
     /// Bytes of the largest free piece.
     pub fn largest_free(&self) -> u64 {
         self.by_len.last().map_or(0, |&(len, _)| len)

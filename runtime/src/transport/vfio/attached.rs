@@ -58,6 +58,10 @@ impl Attached {
     }
 
     /// Reads all of `to`, by the ring: a worker of the kernel does it, which may wait behind a reset, and the reactor goes on.
+    ///
+    /// Four bytes of configuration space take 49 to 77 us so in a guest under emulation, 14 to 24 us when the ring does it on this
+    /// thread (O_NONBLOCK on the descriptor), 1.7 to 3.1 us by pread. Both of those would hold the reactor for as long as a reset
+    /// lasts, 100 ms and more; what is read often is mapped.
     pub(crate) async fn read(&self, at: Place, to: &mut [u8]) -> Result<()> {
         let (len, start, mut done) = (to.len(), at.base + at.offset, 0);
         while done < len {
