@@ -57,14 +57,18 @@ impl Bar {
         Ok(Register::new(&area.memory, offset - area.offset).ok())
     }
 
+    fn unavailable(&self, offset: u64) -> Error {
+        Error::MmioUnavailable { bar: self.region.index(), offset }
+    }
+
     /// Reads a register: one load where it is mapped, else one message of exactly its width.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when it is misaligned or outside of the BAR; [`Error::Refused`] when the device says no, else the
-    /// error that ended the device.
+    /// [`Error::Invalid`] when it is misaligned or outside of the BAR; [`Error::MmioUnavailable`] when it is mapped, and the
+    /// device's memory is not there; [`Error::Refused`] when the device says no, else the error that ended the device.
     pub async fn read<T: Value>(&self, offset: u64) -> Result<T> {
         match self.find(offset)? {
-            Some(register) => Ok(register.read()),
+            Some(register) => register.try_read().map_err(|_| self.unavailable(offset)),
             None => self.region.read_value(offset).await,
         }
     }
@@ -76,10 +80,7 @@ impl Bar {
     /// See [`Bar::read`].
     pub async fn write<T: Value>(&self, offset: u64, value: T) -> Result<()> {
         match self.find(offset)? {
-            Some(register) => {
-                register.write_after_dma(value);
-                Ok(())
-            }
+            Some(register) => register.try_write(value).map_err(|_| self.unavailable(offset)),
             None => self.region.write_value(offset, value).await,
         }
     }
