@@ -108,7 +108,9 @@ impl DmaShared {
     pub fn load_u32(&self, offset: usize) -> Result<u32, OutOfBounds> {
         let at = self.at(offset, 4, 4)?;
         // SAFETY: inside of the buffer and aligned, as the buffer starts on a page.
-        Ok(unsafe { load_u32(at) })
+        let value = unsafe { access::load::<u32>(at.cast()) };
+        fence(Ordering::Acquire);
+        Ok(value)
     }
 
     /// Stores an aligned little-endian `u32`, with release order: what was stored before it is seen by who loads it.
@@ -143,16 +145,6 @@ impl fmt::Debug for DmaShared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("DmaShared").field(&self.buf).finish()
     }
-}
-
-/// # Safety
-/// `at` is valid for reads, and a multiple of 4.
-#[inline(always)]
-unsafe fn load_u32(at: *mut u8) -> u32 {
-    // SAFETY: the caller's promise.
-    let value = unsafe { access::load::<u32>(at.cast()) };
-    fence(Ordering::Acquire);
-    value
 }
 
 /// [`DmaShared`] memory as an array of entries, each a whole number of `u64`s long (else it does not compile).
@@ -285,7 +277,9 @@ impl<T> DmaRing<T> {
         }
         let entry = self.at(index)?;
         // SAFETY: within the entry, whose start is a multiple of 8.
-        Ok(unsafe { load_u32(entry.add(offset)) })
+        let value = unsafe { access::load_nth::<u32>(entry.cast(), offset / 4) };
+        fence(Ordering::Acquire);
+        Ok(value)
     }
 
     /// Loads the little-endian `u64` at `offset` of an entry, with acquire order, untorn.
@@ -299,9 +293,7 @@ impl<T> DmaRing<T> {
         }
         let entry = self.at(index)?;
         // SAFETY: within the entry, whose start is a multiple of 8.
-        let word = unsafe { entry.add(offset) }.cast::<u64>();
-        // SAFETY: valid and aligned.
-        let value = unsafe { access::load(word) };
+        let value = unsafe { access::load_nth::<u64>(entry.cast(), offset / 8) };
         fence(Ordering::Acquire);
         Ok(value)
     }

@@ -25,6 +25,16 @@ const MARK: u64 = 1;
 /// `at` is aligned and inside of a mapping that is guarded.
 #[inline(always)]
 pub(crate) unsafe fn load<T: Value>(at: *const T) -> T {
+    // SAFETY: the caller's promise.
+    unsafe { load_at::<T, 0>(at) }
+}
+
+/// Loads the `INDEX`th value from `at` on, in one instruction.
+///
+/// # Safety
+/// As of [`load`], for the value.
+#[inline(always)]
+unsafe fn load_at<T: Value, const INDEX: usize>(at: *const T) -> T {
     let value: u64;
     macro_rules! load {
         ($instruction:literal) => {
@@ -32,6 +42,7 @@ pub(crate) unsafe fn load<T: Value>(at: *const T) -> T {
                 guarded!($instruction, ".Lguard_{value}", _),
                 value = lateout(reg) value,
                 at = in(reg) at,
+                offset = const INDEX * size_of::<T>(),
                 options(nostack, preserves_flags, readonly)
             )
         };
@@ -39,10 +50,10 @@ pub(crate) unsafe fn load<T: Value>(at: *const T) -> T {
     // SAFETY: the caller's promise. The device may do anything on a load, but not to memory that Rust knows.
     unsafe {
         match T::SIZE {
-            1 => load!("movzx {value:e}, byte ptr [{at}]"),
-            2 => load!("movzx {value:e}, word ptr [{at}]"),
-            4 => load!("mov {value:e}, dword ptr [{at}]"),
-            _ => load!("mov {value}, qword ptr [{at}]"),
+            1 => load!("movzx {value:e}, byte ptr [{at} + {offset}]"),
+            2 => load!("movzx {value:e}, word ptr [{at} + {offset}]"),
+            4 => load!("mov {value:e}, dword ptr [{at} + {offset}]"),
+            _ => load!("mov {value}, qword ptr [{at} + {offset}]"),
         }
     }
     T::truncate(value).swap_le()
@@ -315,6 +326,20 @@ pub(crate) unsafe fn store_obj<T: IntoBytes + Immutable>(to: *mut u8, value: &T)
 pub(crate) unsafe fn try_store_obj<T: IntoBytes + Immutable>(to: *mut u8, value: &T) -> Result<(), Vanished> {
     // SAFETY: the caller's promise.
     if unsafe { store_value::<true, T>(to, value) } { Ok(()) } else { Err(Vanished) }
+}
+
+/// Loads the `number`th value from `at` on. Where the compiler knows the number, it is one instruction.
+///
+/// # Safety
+/// As of [`load`], for the value.
+#[inline(always)]
+pub(crate) unsafe fn load_nth<T: Value>(at: *const T, number: usize) -> T {
+    each!(I => if number == I {
+        // SAFETY: the caller's promise.
+        return unsafe { load_at::<T, I>(at) };
+    });
+    // SAFETY: the caller's promise.
+    unsafe { load(at.add(number)) }
 }
 
 /// Stores the `number`th `u64` from `at` on. Where the compiler knows the number, it is one instruction.

@@ -6,9 +6,6 @@
 
 use std::arch::asm;
 
-/// No register.
-pub(super) const NONE: u8 = 0xff;
-
 /// What to do when an instruction faults. Written by [`guarded`].
 #[repr(C)]
 pub(super) struct Entry {
@@ -16,9 +13,9 @@ pub(super) struct Entry {
     at: i32,
     /// Where it goes on, from this field.
     next: i32,
-    /// Index in `gregs` of the register that becomes all ones, or [`NONE`].
+    /// Index in `gregs` of the register that becomes all ones, or 255.
     pub ones: u8,
-    /// Index in `gregs` of the register that becomes 1, or [`NONE`].
+    /// Index in `gregs` of the register that becomes 1, or 255.
     pub mark: u8,
     reserved: u16,
 }
