@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::{
     Error, Result,
     mmio::{
-        Faults,
+        Faults, GUARDED,
         access::{self, Vanished},
         guard::Guard,
     },
@@ -89,7 +89,9 @@ pub enum AccessError {
     #[error(transparent)]
     OutOfBounds(#[from] OutOfBounds),
     /// The memory was not there: its owner truncated the file, or there is no memory left for its pages. A part may be copied.
-    #[error("the shared memory at {offset:#x}+{len:#x} is gone: its owner truncated the file, or the system has no memory for it")]
+    #[error(
+        "the shared memory at {offset:#x}+{len:#x} is gone: its owner truncated the file, or the system has no memory for it"
+    )]
     Vanished {
         /// Offset of the access.
         offset: u64,
@@ -117,7 +119,8 @@ impl SharedMemory {
     /// refused.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a range beyond the file or of no bytes, [`Error::Io`] when the kernel refuses.
+    /// [`Error::Invalid`] for a range beyond the file or of no bytes, [`Error::Io`] when the kernel refuses. Where accesses are not
+    /// guarded ([`GUARDED`](crate::mmio::GUARDED)), [`Error::Unsupported`] for a file that may be truncated.
     pub fn map(fd: impl AsFd, offset: u64, len: usize, writable: bool) -> Result<Self> {
         let fd = fd.as_fd();
         let stat = fs::fstat(fd).map_err(|e| Error::io("fstat of shared memory", e))?;
@@ -128,6 +131,11 @@ impl SharedMemory {
                 "shared memory {offset:#x}..{end:#x} is beyond the end of its file ({:#x} bytes)",
                 stat.st_size
             )));
+        }
+        let is_sealed = || fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(fs::SealFlags::SHRINK));
+        if !GUARDED && !is_sealed() {
+            let what = "sharing memory that its owner may truncate, on this architecture: seal it (F_SEAL_SHRINK)";
+            return Err(Error::Unsupported { what: what.into() });
         }
         Self::map_unchecked(fd, offset, len, writable)
     }

@@ -9,8 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{Value, fixup::guarded};
 
-/// Whether accesses are guarded on this architecture.
-pub(crate) const GUARDED: bool = true;
+pub(super) const GUARDED: bool = true;
 
 /// Memory was not there; what was loaded is all ones, what was to be stored is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -35,12 +35,20 @@ impl Entry {
 /// An instruction with its entry: `guarded!(instruction, ones, mark)`, where the last two are `_` or `.Lguard_{register}`. The symbols
 /// give a register's index in `gregs` of the machine context.
 macro_rules! guarded {
-    ($instruction:literal, _, _) => { $crate::mmio::fixup::guarded!($instruction, ".Lguard_none", ".Lguard_none") };
-    ($instruction:literal, $ones:literal, _) => { $crate::mmio::fixup::guarded!($instruction, $ones, ".Lguard_none") };
-    ($instruction:literal, _, $mark:literal) => { $crate::mmio::fixup::guarded!($instruction, ".Lguard_none", $mark) };
+    ($instruction:literal, _, _) => {
+        $crate::mmio::fixup::guarded!($instruction, ".Lguard_none", ".Lguard_none")
+    };
+    ($instruction:literal, $ones:literal, _) => {
+        $crate::mmio::fixup::guarded!($instruction, $ones, ".Lguard_none")
+    };
+    ($instruction:literal, _, $mark:literal) => {
+        $crate::mmio::fixup::guarded!($instruction, ".Lguard_none", $mark)
+    };
     ($instruction:literal, $ones:literal, $mark:literal) => {
         concat!(
-            "2: ", $instruction, "\n3:\n",
+            "2: ",
+            $instruction,
+            "\n3:\n",
             ".set .Lguard_r8, 0\n.set .Lguard_r9, 1\n.set .Lguard_r10, 2\n.set .Lguard_r11, 3\n",
             ".set .Lguard_r12, 4\n.set .Lguard_r13, 5\n.set .Lguard_r14, 6\n.set .Lguard_r15, 7\n",
             ".set .Lguard_rdi, 8\n.set .Lguard_rsi, 9\n.set .Lguard_rbp, 10\n.set .Lguard_rbx, 11\n",
@@ -49,8 +57,12 @@ macro_rules! guarded {
             ".balign 4\n",
             ".long 2b - .\n",
             ".long 3b - .\n",
-            ".byte ", $ones, "\n",
-            ".byte ", $mark, "\n",
+            ".byte ",
+            $ones,
+            "\n",
+            ".byte ",
+            $mark,
+            "\n",
             ".short 0\n",
             ".popsection"
         )
@@ -61,8 +73,8 @@ pub(super) use guarded;
 const _: () = {
     use libc::*;
     let of_symbols = [
-        REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15, REG_RDI, REG_RSI, REG_RBP, REG_RBX, REG_RDX, REG_RAX,
-        REG_RCX,
+        REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15, REG_RDI, REG_RSI, REG_RBP, REG_RBX, REG_RDX,
+        REG_RAX, REG_RCX,
     ];
     let mut i = 0;
     while i < of_symbols.len() {

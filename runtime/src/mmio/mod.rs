@@ -19,7 +19,8 @@
 //! handler that was there before, or end the process as they would without it. A handler that is installed later has to pass on
 //! what is not its own. A thread that blocks SIGBUS is not helped: the kernel ends the process then.
 //!
-//! This is so on x86-64. On other architectures device memory is not mapped: registers are read and written by system calls or messages.
+//! This is so on x86-64. On other architectures ([`GUARDED`]) device memory is not mapped: registers are accessed by system calls
+//! or messages.
 
 use std::{fmt, ptr::NonNull, sync::Arc};
 
@@ -34,6 +35,10 @@ pub(crate) mod guard;
 mod signal;
 
 pub use guard::Faults;
+
+/// Whether accesses survive memory that vanishes, on this architecture. Where they don't, device memory is not mapped, and shared
+/// memory has to be sealed against shrinking.
+pub const GUARDED: bool = access::GUARDED;
 
 /// The memory of a register was not there when it was accessed; the next access may succeed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -133,6 +138,18 @@ impl<T> fmt::Debug for Register<T> {
     }
 }
 
+impl<T> Register<T> {
+    /// Where it is in its mapping, in bytes.
+    pub fn offset(&self) -> u64 {
+        (self.at.as_ptr() as usize - self.memory.as_ptr().as_ptr() as usize) as u64
+    }
+
+    /// The faults of the whole mapping since they were taken last, by whomever.
+    pub fn take_faults(&self) -> Option<Faults> {
+        self.memory.take_faults()
+    }
+}
+
 impl<T: Value> Register<T> {
     /// The register at `offset` of mapped memory.
     ///
@@ -150,11 +167,6 @@ impl<T: Value> Register<T> {
         // SAFETY: inside of the mapping, as was just checked.
         let at = unsafe { memory.as_ptr().add(offset as usize) }.cast();
         Ok(Self { at, memory: memory.clone() })
-    }
-
-    /// Where it is in its mapping.
-    fn offset(&self) -> u64 {
-        (self.at.as_ptr() as usize - self.memory.as_ptr().as_ptr() as usize) as u64
     }
 
     /// Loads the register; all ones when its memory is not there, which is counted.
@@ -195,11 +207,6 @@ impl<T: Value> Register<T> {
     #[cold]
     fn unavailable(&self) -> MmioUnavailable {
         MmioUnavailable { offset: self.offset() }
-    }
-
-    /// The faults of the whole mapping since they were taken last, by whomever.
-    pub fn take_faults(&self) -> Option<Faults> {
-        self.memory.take_faults()
     }
 
     /// Stores to the register after all that this thread stored to DMA memory before: a doorbell.

@@ -122,7 +122,8 @@ unsafe fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
             }
             if before.sa_flags & libc::SA_SIGINFO != 0 {
                 // SAFETY: it was installed as a function of this form.
-                let handler = unsafe { std::mem::transmute::<usize, extern "C" fn(c_int, *mut siginfo_t, *mut c_void)>(handler) };
+                let handler =
+                    unsafe { std::mem::transmute::<usize, extern "C" fn(c_int, *mut siginfo_t, *mut c_void)>(handler) };
                 handler(signal, info, context);
             } else {
                 // SAFETY: as above.
