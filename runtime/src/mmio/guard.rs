@@ -4,6 +4,8 @@
 //! are in slots that are never freed, each written under a sequence number: one that changes during the look-up can't be of the
 //! mapping that was accessed.
 
+#![cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "there is no handler to look faults up"))]
+
 use std::{
     fmt, ptr,
     sync::{
