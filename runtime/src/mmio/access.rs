@@ -101,18 +101,19 @@ fn is_mark(register: u64) -> bool {
 #[inline(always)]
 pub(crate) unsafe fn store<T: Value>(at: *mut T, value: T) {
     let value: u64 = value.swap_le().into();
+    // With the width of the value, so that no register has to be extended.
     macro_rules! store {
-        ($instruction:literal) => {
-            asm!(guarded!($instruction, _, _), value = in(reg) value, at = in(reg) at, options(nostack, preserves_flags))
+        ($instruction:literal, $class:ident, $ty:ty) => {
+            asm!(guarded!($instruction, _, _), value = in($class) value as $ty, at = in(reg) at, options(nostack, preserves_flags))
         };
     }
     // SAFETY: the caller's promise.
     unsafe {
         match T::SIZE {
-            1 => store!("mov byte ptr [{at}], {value:l}"),
-            2 => store!("mov word ptr [{at}], {value:x}"),
-            4 => store!("mov dword ptr [{at}], {value:e}"),
-            _ => store!("mov qword ptr [{at}], {value}"),
+            1 => store!("mov byte ptr [{at}], {value}", reg_byte, u8),
+            2 => store!("mov word ptr [{at}], {value:x}", reg, u16),
+            4 => store!("mov dword ptr [{at}], {value:e}", reg, u32),
+            _ => store!("mov qword ptr [{at}], {value}", reg, u64),
         }
     }
 }
@@ -126,10 +127,10 @@ pub(crate) unsafe fn try_store<T: Value>(at: *mut T, value: T) -> Result<(), Van
     let value: u64 = value.swap_le().into();
     let after: u64;
     macro_rules! store {
-        ($instruction:literal) => {
+        ($instruction:literal, $class:ident, $ty:ty) => {
             asm!(
                 guarded!($instruction, _, ".Lguard_{at}"),
-                value = in(reg) value,
+                value = in($class) value as $ty,
                 at = inout(reg) at => after,
                 options(nostack, preserves_flags)
             )
@@ -138,10 +139,10 @@ pub(crate) unsafe fn try_store<T: Value>(at: *mut T, value: T) -> Result<(), Van
     // SAFETY: the caller's promise.
     unsafe {
         match T::SIZE {
-            1 => store!("mov byte ptr [{at}], {value:l}"),
-            2 => store!("mov word ptr [{at}], {value:x}"),
-            4 => store!("mov dword ptr [{at}], {value:e}"),
-            _ => store!("mov qword ptr [{at}], {value}"),
+            1 => store!("mov byte ptr [{at}], {value}", reg_byte, u8),
+            2 => store!("mov word ptr [{at}], {value:x}", reg, u16),
+            4 => store!("mov dword ptr [{at}], {value:e}", reg, u32),
+            _ => store!("mov qword ptr [{at}], {value}", reg, u64),
         }
     }
     if after == MARK { Err(Vanished) } else { Ok(()) }

@@ -1,8 +1,9 @@
 //! Files that shrink and grow, and children.
 
 use std::{
+    io::Read,
     os::{fd::OwnedFd, unix::process::ExitStatusExt},
-    process::{Command, exit},
+    process::{Command, Stdio, exit},
     ptr,
     time::{Duration, Instant},
 };
@@ -59,7 +60,16 @@ pub fn touch(at: *mut u8) -> u8 {
 pub enum End {
     Good,
     Failed(i32),
+    /// By this signal, and after [`at_the_end`] was called.
     Killed(i32),
+    KilledEarly(i32),
+}
+
+const AT_THE_END: &str = "at the end";
+
+/// What a child says before the access that is to end it.
+pub fn at_the_end() {
+    println!("{AT_THE_END}");
 }
 
 /// Runs `case` in a process of its own, which is this test run again. `test` is the path of the test.
@@ -72,7 +82,7 @@ pub fn in_child(test: &str, case: impl FnOnce()) -> End {
     }
     let mut child = Command::new(std::env::current_exe().unwrap());
     let child = child.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CASE, test);
-    let mut child = child.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let mut child = child.stdout(Stdio::piped()).spawn().unwrap();
     let until = Instant::now() + DEADLINE;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
@@ -85,9 +95,12 @@ pub fn in_child(test: &str, case: impl FnOnce()) -> End {
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    match (status.code(), status.signal()) {
+    let mut said = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    match (status.code(), status.signal().unwrap_or(0)) {
         (Some(0), _) => End::Good,
         (Some(code), _) => End::Failed(code),
-        (None, signal) => End::Killed(signal.unwrap_or(0)),
+        (None, signal) if said.contains(AT_THE_END) => End::Killed(signal),
+        (None, signal) => End::KilledEarly(signal),
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use libc::{SIG_DFL, SIG_IGN, SIGBUS, c_int, c_void, sigaction, siginfo_t};
 use rustix::mm;
 
-use crate::common::{End, File, PAGE, foreign, in_child, touch};
+use crate::common::{End, File, PAGE, at_the_end, foreign, in_child, touch};
 
 /// Calls of a handler below, the address it was last called for, and one of its locals.
 static CALLS: AtomicUsize = AtomicUsize::new(0);
@@ -136,6 +136,7 @@ fn a_handler_after_ours_passes_on() {
         }
         ours();
         // One that is nobody's.
+        at_the_end();
         touch(foreign().1);
     });
     assert_eq!(end, End::Killed(SIGBUS));
@@ -167,6 +168,7 @@ fn a_handler_for_one_signal_is_called_once() {
         theirs();
         assert_eq!(CALLS.load(Ordering::Relaxed), 1);
         ours();
+        at_the_end();
         theirs();
     });
     assert_eq!(end, End::Killed(SIGBUS));
@@ -176,6 +178,7 @@ fn a_handler_for_one_signal_is_called_once() {
 fn a_foreign_fault_kills_under_the_standard_librarys_handler() {
     let end = in_child("signals::a_foreign_fault_kills_under_the_standard_librarys_handler", || {
         ours();
+        at_the_end();
         touch(foreign().1);
     });
     assert_eq!(end, End::Killed(SIGBUS));
@@ -186,6 +189,7 @@ fn a_foreign_fault_kills_by_default() {
     let end = in_child("signals::a_foreign_fault_kills_by_default", || {
         install(SIG_DFL, 0);
         ours();
+        at_the_end();
         touch(foreign().1);
     });
     assert_eq!(end, End::Killed(SIGBUS));
@@ -196,6 +200,7 @@ fn a_signal_that_is_sent_kills_by_default() {
     let end = in_child("signals::a_signal_that_is_sent_kills_by_default", || {
         install(SIG_DFL, 0);
         ours();
+        at_the_end();
         raise();
     });
     assert_eq!(end, End::Killed(SIGBUS));
@@ -208,6 +213,7 @@ fn a_signal_that_is_ignored_stays_so_and_a_fault_does_not() {
         ours();
         raise();
         ours();
+        at_the_end();
         touch(foreign().1);
     });
     assert_eq!(end, End::Killed(SIGBUS));
@@ -219,6 +225,7 @@ fn a_copy_whose_other_side_is_not_guarded_is_not_ours() {
         let memory = File::new(1).map(1);
         // SAFETY: mapped; that it is not there is what is tested.
         let bytes = unsafe { std::slice::from_raw_parts(foreign().1, 64) };
+        at_the_end();
         let _ = memory.write(0, bytes);
     });
     assert_eq!(end, End::Killed(SIGBUS));
@@ -237,6 +244,7 @@ fn a_blocked_signal_kills() {
             libc::sigaddset(set.as_mut_ptr(), SIGBUS);
             libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
         }
+        at_the_end();
         let _ = memory.load_u32(0);
     });
     assert_eq!(end, End::Killed(SIGBUS), "as the documentation of mmio says");
