@@ -46,7 +46,7 @@ fn hammer<T: Value>(memory: &Arc<SharedMemory>, offset: u64, seen: &Seen) {
         let value = T::truncate(number * 0x0101_0101_0101_0101);
         let written = seen.note(register.try_write(value));
         if let Some(read) = seen.note(register.try_read()) {
-            assert!(read == zero || read == value && written.is_some(), "{read:?} after {value:?}");
+            assert!(read == zero || read == value && written.is_some(), "{read:?} after {value:?}, which was written: {written:?}");
         }
     }
 }
@@ -76,7 +76,7 @@ fn truncated_under_load_from_four_threads_and_restored() {
     let until = Instant::now() + DEADLINE;
     let last = thread::scope(|scope| {
         scope.spawn(|| hammer::<u32>(&counted, 0x100, &registers));
-        scope.spawn(|| hammer::<u64>(&counted, PAGE + 0x40, &registers));
+        scope.spawn(|| hammer::<u64>(&counted, PAGE + 0x400, &registers));
         scope.spawn(|| copy(&other, PAGE - 64, &copies));
         scope.spawn(|| {
             // Without a check: nothing but survival and the values' being possible.
