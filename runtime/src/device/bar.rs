@@ -104,9 +104,7 @@ impl Bar {
         let way = match self.find(offset)? {
             Some(register) => Way::Mapped(register),
             None => match self.region.transport() {
-                Transport::User(connection) => {
-                    Way::Messages(PostedWrite::new(bar, offset, T::SIZE), connection.clone())
-                }
+                Transport::User(connection) => Way::Messages(PostedWrite::new(bar, offset, T::SIZE), connection.clone()),
                 Transport::Group(attached) | Transport::Cdev(attached) => {
                     Way::Descriptor(PostedRegister::new(attached.clone(), self.region.place(offset), T::SIZE))
                 }

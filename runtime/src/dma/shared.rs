@@ -1,7 +1,7 @@
 //! Memory that somebody else may write at any time: our own memfds that a device sees, and a peer's that we map.
 //!
-//! No reference to such memory is ever made. Small values are volatile or atomic accesses, bulk data is copied by code that
-//! the compiler can't look into. A peer may also truncate its file: all accesses are guarded, as [`mmio`](crate::mmio) explains.
+//! No reference to such memory is ever made: it is accessed by instructions that the compiler can't look into. A peer may also
+//! truncate its file: all accesses are guarded, as [`mmio`](crate::mmio) explains.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -59,7 +59,7 @@ pub struct SharedMemory {
 #[derive(Debug)]
 struct Unmap(NonNull<u8>, usize);
 
-// SAFETY: the mapping is plain memory of the process, reachable from every thread; all accesses are volatile or atomic.
+// SAFETY: the mapping is plain memory of the process, reachable from every thread; all accesses are in assembly, each untorn or a copy.
 unsafe impl Send for SharedMemory {}
 // SAFETY: as above; concurrent accesses are what this type is for.
 unsafe impl Sync for SharedMemory {}

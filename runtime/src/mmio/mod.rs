@@ -1,6 +1,6 @@
 //! Registers in mapped device memory.
 //!
-//! An access is one volatile load or store of the register's width, little-endian, never split, merged or repeated. Volatile
+//! An access is one load or store of the register's width, little-endian, never split, merged or repeated, as a volatile one is. The
 //! accesses of one thread stay in order among themselves; their order against DMA memory is explicit:
 //! [`Register::write_after_dma`] and [`Register::read_before_dma`].
 //!
@@ -121,7 +121,7 @@ pub struct Register<T> {
     memory: Arc<SharedMemory>,
 }
 
-// SAFETY: the pointer is into `memory`, which may be used from every thread; all accesses are volatile.
+// SAFETY: the pointer is into `memory`, which may be used from every thread; all accesses are single instructions.
 unsafe impl<T: Value> Send for Register<T> {}
 // SAFETY: as above.
 unsafe impl<T: Value> Sync for Register<T> {}

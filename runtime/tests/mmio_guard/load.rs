@@ -46,7 +46,10 @@ fn hammer<T: Value>(memory: &Arc<SharedMemory>, offset: u64, seen: &Seen) {
         let value = T::truncate(number * 0x0101_0101_0101_0101);
         let written = seen.note(register.try_write(value));
         if let Some(read) = seen.note(register.try_read()) {
-            assert!(read == zero || read == value && written.is_some(), "{read:?} after {value:?}, which was written: {written:?}");
+            assert!(
+                read == zero || read == value && written.is_some(),
+                "{read:?} after {value:?}, which was written: {written:?}"
+            );
         }
     }
 }
