@@ -59,7 +59,7 @@ pub struct SharedMemory {
 #[derive(Debug)]
 struct Unmap(NonNull<u8>, usize);
 
-// SAFETY: the mapping is plain memory of the process, reachable from every thread; all accesses are in assembly, each untorn or a copy.
+// SAFETY: the mapping is plain memory of the process, reachable from every thread; no access of Rust races them.
 unsafe impl Send for SharedMemory {}
 // SAFETY: as above; concurrent accesses are what this type is for.
 unsafe impl Sync for SharedMemory {}
@@ -120,7 +120,7 @@ impl SharedMemory {
     ///
     /// # Errors
     /// [`Error::Invalid`] for a range beyond the file or of no bytes, [`Error::Io`] when the kernel refuses. Where accesses are not
-    /// guarded ([`GUARDED`](crate::mmio::GUARDED)), [`Error::Unsupported`] for a file that may be truncated.
+    /// guarded ([`GUARDED`]), [`Error::Unsupported`] for a file that may be truncated.
     pub fn map(fd: impl AsFd, offset: u64, len: usize, writable: bool) -> Result<Self> {
         let fd = fd.as_fd();
         let stat = fs::fstat(fd).map_err(|e| Error::io("fstat of shared memory", e))?;
