@@ -33,9 +33,9 @@ pub mod irq {
     pub const COUNT: u32 = 5;
 }
 
-/// Client memory that is not mapped, not mapped for this direction, or that the client failed to serve.
+/// Client memory that is not mapped, not mapped for this direction, that the client has truncated, or failed to serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the client's memory is not mapped there, or not for this direction")]
+#[error("the client's memory is not mapped there, not for this direction, or gone")]
 pub struct Unmapped;
 
 /// How a device reaches its client's memory and interrupts. Implemented by the server's session, and by tests, benches and fuzzing.
@@ -53,7 +53,7 @@ pub trait Host {
     fn write(&mut self, iova: u64, from: &[u8]) -> Result<(), Unmapped>;
 
     /// The mapped memory that holds all of `iova..iova + len`, and where in it, for typed access without a copy through a buffer.
-    /// `None`: use [`Host::read`] and [`Host::write`].
+    /// `None`: use [`Host::read`] and [`Host::write`]. It may be gone as soon as it is accessed.
     fn window(&self, iova: u64, len: usize) -> Option<(&SharedMemory, u64)>;
 
     /// Signals an MSI-X vector; nothing happens when it is not bound.

@@ -74,6 +74,16 @@ pub enum Error {
         /// As many as can be had.
         available: u32,
     },
+    /// The memory of a mapped register was not there. The next access may succeed.
+    #[error(
+        "BAR {bar} does not answer at {offset:#x}: the device's memory is switched off, it sleeps, or it is being reset; try again later, or reset it"
+    )]
+    MmioUnavailable {
+        /// The number of the BAR.
+        bar: u32,
+        /// Offset of the register in it, in bytes.
+        offset: u64,
+    },
     /// The device has no such thing, or can't do this.
     #[error("the device does not support this: {what}")]
     Unsupported {

@@ -4,6 +4,7 @@ use std::{
     io::Write,
     net::Shutdown,
     os::fd::{AsFd, OwnedFd},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -309,6 +310,65 @@ fn several_writes_in_one_message() {
     assert_eq!(client.ask(command::REGION_WRITE_MULTI, &long), Err(EINVAL));
     client.ok(command::DEVICE_RESET, &[]);
     assert_eq!(client.read_u32(0x24), 0);
+}
+
+#[test]
+fn a_client_that_truncates_its_memory_fails_its_own_commands() {
+    const VANISHING: u64 = 0x1000_0000;
+    let (server, neighbour) = (server(), server());
+    let mut good = Driver::new(client(&neighbour)).with_io_queue();
+    let mut driver = Driver::new(client(&server));
+    let fd = rustix::fs::memfd_create("client", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let set_len = |len| rustix::fs::ftruncate(&fd, len).unwrap();
+    set_len(0x8000);
+    driver.client.map(VANISHING, 0x8000, Some(fd.as_fd())).unwrap();
+    driver = driver.with_io_queue();
+    // Four blocks of data in the last page.
+    let mut io = |opcode, first| {
+        let cid = driver.submit(1, opcode, 1, [first, 0], [0, 0, 3]);
+        let done = driver.complete(1);
+        assert_eq!(done.cid, cid);
+        good.io(opcode, 0, 16).ok();
+        done.status
+    };
+    const TRANSFER_ERROR: u16 = 4;
+    let data = VANISHING + 0x7000;
+    assert_eq!((io(1, data), io(2, data)), (0, 0));
+    set_len(0x7000);
+    assert_eq!((io(1, data), io(2, data)), (TRANSFER_ERROR, TRANSFER_ERROR));
+    set_len(0x8000);
+    assert_eq!((io(2, data), io(1, data)), (0, 0));
+    // While commands run, from another thread.
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                set_len(0x7000);
+                set_len(0x8000);
+            }
+        });
+        for _ in 0..200 {
+            assert!([0, TRANSFER_ERROR].contains(&io(2, data)));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    // A list of pages, and then a whole queue, that are gone.
+    set_len(0);
+    driver.submit(1, 2, 1, [driver.iova(DATA), VANISHING], [0, 0, 31]);
+    assert_eq!(driver.complete(1).status, TRANSFER_ERROR);
+    set_len(0x8000);
+    driver.admin(5, 0, VANISHING, [15 << 16 | 2, 1, 0]).ok();
+    driver.admin(1, 0, VANISHING + 0x1000, [15 << 16 | 2, 2 << 16 | 1, 0]).ok();
+    set_len(0);
+    driver.client.write_u32(0x1010, 1);
+    let until = Instant::now() + LIMIT;
+    while driver.client.read_u32(0x1c) & 2 == 0 {
+        assert!(Instant::now() < until, "the controller does not say that it failed (CSTS.CFS)");
+        thread::sleep(Duration::from_millis(1));
+    }
+    good.io(2, 0, 16).ok();
+    drop(driver);
+    Driver::new(client(&server)).with_io_queue().io(2, 0, 16).ok();
 }
 
 #[test]

@@ -1,13 +1,19 @@
 //! Clients that mean no good, or no sense.
 
-use std::{io::Write, os::fd::AsFd, time::Duration};
+use std::{
+    io::Write,
+    os::fd::{AsFd, OwnedFd},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
 
 use rustix::io::Errno;
 use vfio_uring::transport::user::wire::{Header, command};
 use vfio_uring_models::server::{NoChannel, Running, Server, Session};
 use zerocopy::IntoBytes;
 
-use crate::{RW, common::*, spawn};
+use crate::{RW, common::*, increment, spawn};
 
 #[test]
 fn hostile_bytes() {
@@ -50,6 +56,86 @@ fn a_client_that_says_nothing_does_not_keep_others_out() {
         silent.send_bytes(&[1, 2, 3], &[]);
         assert!(silent.is_closed());
         Raw::open(server.path());
+    });
+}
+
+/// Memory that is not sealed, so that it can be truncated while the device uses it.
+struct Unsealed(OwnedFd);
+
+impl Unsealed {
+    fn new(len: u64) -> Self {
+        let fd = Self(rustix::fs::memfd_create("client", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        fd.set_len(len);
+        fd
+    }
+
+    fn set_len(&self, len: u64) {
+        rustix::fs::ftruncate(&self.0, len).unwrap();
+    }
+}
+
+#[test]
+fn a_client_that_truncates_its_memory_harms_only_itself() {
+    bounded(|| {
+        let (server, neighbour) = (spawn(Toy::new()).unwrap(), spawn(Toy::new()).unwrap());
+        let mut hostile = Raw::open(server.path());
+        let mut good = Raw::open(neighbour.path());
+        let (fd, memory) = memory(0x10000);
+        assert_eq!(good.map(0, 0x10000, RW, Some((&fd, 0))), None);
+        let unsealed = Unsealed::new(0x10000);
+        assert_eq!(hostile.map(0, 0x10000, RW, Some((&unsealed.0, 0))), None);
+        let run = |client: &mut Raw, iova: u64, len: u32| {
+            increment(client, iova, len);
+            client.read_u32(0, 0x10)
+        };
+        // A part is gone, all is gone, all is back.
+        unsealed.set_len(0x8000);
+        assert_eq!((run(&mut hostile, 0, 0x8000), run(&mut hostile, 0x7ff0, 0x20)), (0, 1));
+        unsealed.set_len(0);
+        assert_eq!((run(&mut hostile, 0, 1), run(&mut good, 0, 0x10000)), (1, 0));
+        unsealed.set_len(0x10000);
+        assert_eq!(run(&mut hostile, 0, 0x10000), 0);
+        // In the middle of copies.
+        let stop = AtomicBool::new(false);
+        let (mut failed, mut rounds) = (0, 0);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    unsealed.set_len(0x4000);
+                    unsealed.set_len(0x10000);
+                }
+            });
+            let until = Instant::now() + DEADLINE;
+            while rounds < 200 || failed < 20 && Instant::now() < until {
+                failed += run(&mut hostile, 0, 0x10000);
+                assert_eq!(run(&mut good, 0, 0x10000), 0);
+                rounds += 1;
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(failed >= 20, "{failed} of {rounds}");
+        let mut byte = [0];
+        memory.read(0xffff, &mut byte).unwrap();
+        assert_eq!(u32::from(byte[0]), (rounds + 1) & 0xff);
+        // Its server, too, goes on: for it, and for the next.
+        assert_eq!(run(&mut hostile, 0, 0x10000), 0);
+        drop((hostile, unsealed));
+        let mut next = Raw::open(server.path());
+        assert_eq!(next.map(0, 0x10000, RW, Some((&fd, 0))), None);
+        assert_eq!(run(&mut next, 0, 0x10000), 0);
+    });
+}
+
+#[test]
+fn a_client_that_maps_more_than_it_has_is_refused() {
+    bounded(|| {
+        let server = spawn(Toy::new()).unwrap();
+        let mut client = Raw::open(server.path());
+        let unsealed = Unsealed::new(0x3000);
+        let einval = Some(Errno::INVAL.raw_os_error());
+        assert_eq!(client.map(0, 0x4000, RW, Some((&unsealed.0, 0))), einval);
+        assert_eq!(client.map(0, 0x1000, RW, Some((&unsealed.0, 0x3000))), einval);
+        assert_eq!(client.map(0, 0x2000, RW, Some((&unsealed.0, 0x1000))), None);
     });
 }
 

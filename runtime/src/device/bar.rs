@@ -57,14 +57,18 @@ impl Bar {
         Ok(Register::new(&area.memory, offset - area.offset).ok())
     }
 
+    fn unavailable(&self, offset: u64) -> Error {
+        Error::MmioUnavailable { bar: self.region.index(), offset }
+    }
+
     /// Reads a register: one load where it is mapped, else one message of exactly its width.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when it is misaligned or outside of the BAR; [`Error::Refused`] when the device says no, else the
-    /// error that ended the device.
+    /// [`Error::Invalid`] when it is misaligned or outside of the BAR; [`Error::MmioUnavailable`] when it is mapped, and the
+    /// device's memory is not there; [`Error::Refused`] when the device says no, else the error that ended the device.
     pub async fn read<T: Value>(&self, offset: u64) -> Result<T> {
         match self.find(offset)? {
-            Some(register) => Ok(register.read()),
+            Some(register) => register.try_read().map_err(|_| self.unavailable(offset)),
             None => self.region.read_value(offset).await,
         }
     }
@@ -76,10 +80,7 @@ impl Bar {
     /// See [`Bar::read`].
     pub async fn write<T: Value>(&self, offset: u64, value: T) -> Result<()> {
         match self.find(offset)? {
-            Some(register) => {
-                register.write_after_dma(value);
-                Ok(())
-            }
+            Some(register) => register.try_write(value).map_err(|_| self.unavailable(offset)),
             None => self.region.write_value(offset, value).await,
         }
     }
@@ -99,24 +100,25 @@ impl Bar {
     /// # Errors
     /// [`Error::Invalid`] when it is misaligned or outside of the BAR.
     pub fn posted<T: Value>(&self, offset: u64) -> Result<Posted<T>> {
+        let bar = self.region.index();
         let way = match self.find(offset)? {
             Some(register) => Way::Mapped(register),
             None => match self.region.transport() {
-                Transport::User(connection) => {
-                    Way::Messages(PostedWrite::new(self.region.index(), offset, T::SIZE), connection.clone())
-                }
+                Transport::User(connection) => Way::Messages(PostedWrite::new(bar, offset, T::SIZE), connection.clone()),
                 Transport::Group(attached) | Transport::Cdev(attached) => {
                     Way::Descriptor(PostedRegister::new(attached.clone(), self.region.place(offset), T::SIZE))
                 }
             },
         };
-        Ok(Posted { way })
+        Ok(Posted { way, bar, offset })
     }
 }
 
 /// A register that is only written, and whose newest value alone matters: a doorbell.
 pub struct Posted<T> {
     way: Way<T>,
+    bar: u32,
+    offset: u64,
 }
 
 enum Way<T> {
@@ -132,14 +134,15 @@ impl<T> Clone for Posted<T> {
             Way::Messages(write, connection) => Way::Messages(write.clone(), connection.clone()),
             Way::Descriptor(register) => Way::Descriptor(register.clone()),
         };
-        Self { way }
+        Self { way, bar: self.bar, offset: self.offset }
     }
 }
 
 impl<T> From<Register<T>> for Posted<T> {
     /// A store to a mapped register.
     fn from(register: Register<T>) -> Self {
-        Self { way: Way::Mapped(register) }
+        let offset = register.offset();
+        Self { way: Way::Mapped(register), bar: 0, offset }
     }
 }
 
@@ -166,10 +169,13 @@ impl<T: Value> Posted<T> {
         matches!(self.way, Way::Mapped(_))
     }
 
-    /// The error of the last message that the device refused, once.
+    /// The error of the last message that the device refused, once; [`Error::MmioUnavailable`] when accesses to the register's
+    /// mapping found no memory since this was asked last of any register of it, so that writes may be lost.
     pub fn take_error(&self) -> Option<Error> {
         match &self.way {
-            Way::Mapped(_) => None,
+            Way::Mapped(register) => {
+                register.take_faults().map(|_| Error::MmioUnavailable { bar: self.bar, offset: self.offset })
+            }
             Way::Messages(write, _) => write.take_error(),
             Way::Descriptor(register) => register.take_error(),
         }

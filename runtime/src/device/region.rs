@@ -6,7 +6,7 @@ use super::{Area, Inner};
 use crate::{
     Error, Result,
     dma::SharedMemory,
-    mmio::Value,
+    mmio::{GUARDED, Value},
     transport::{
         Place, Transport,
         user::protocol::{REGION_FLAG_MMAP, RegionInfo},
@@ -76,7 +76,7 @@ impl RegionState {
             return Ok(mapped);
         }
         let mut mapped = Vec::new();
-        if self.info.flags & REGION_FLAG_MMAP != 0 {
+        if GUARDED && self.info.flags & REGION_FLAG_MMAP != 0 {
             for area in &self.info.areas {
                 let memory = self.map_area(*area).map_err(|error| {
                     Error::fault(format!("region {region}: its area {:#x}+{:#x}: {error}", area.offset, area.size))

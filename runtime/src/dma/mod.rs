@@ -44,7 +44,7 @@ pub use mapping::Mapping;
 pub use pool::{Pool, PoolStats};
 pub use refused::MapRefused;
 pub use ring::{DmaRing, DmaShared};
-pub use shared::{HugePages, OutOfBounds, SharedMemory};
+pub use shared::{AccessError, HugePages, OutOfBounds, SharedMemory};
 pub use space::{AddressSpace, MappingInfo, SpaceStats, WeakAddressSpace};
 
 #[cfg(test)]

@@ -4,16 +4,13 @@ use std::{
     fmt,
     marker::PhantomData,
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{Ordering, fence},
 };
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::{
-    DmaBuf, OutOfBounds,
-    shared::{copy, load_obj, store_obj},
-};
-use crate::{Error, Result};
+use super::{DmaBuf, OutOfBounds};
+use crate::{Error, Result, mmio::access};
 
 /// A [`DmaBuf`] that the device may read and write at any time. No reference to it is ever made: values are copied in and out.
 ///
@@ -78,7 +75,7 @@ impl DmaShared {
     pub fn read_obj<T: FromBytes>(&self, offset: usize) -> Result<T, OutOfBounds> {
         let from = self.at(offset, size_of::<T>(), 1)?;
         // SAFETY: valid for the size of `T`.
-        Ok(unsafe { load_obj(from) })
+        Ok(unsafe { access::load_obj(from) })
     }
 
     /// Copies a value in. One of whole, aligned `u64`s is stored as such, each untorn.
@@ -86,7 +83,7 @@ impl DmaShared {
     pub fn write_obj<T: IntoBytes + Immutable>(&self, offset: usize, value: &T) -> Result<(), OutOfBounds> {
         let to = self.at(offset, size_of::<T>(), 1)?;
         // SAFETY: valid for the size of `T`.
-        unsafe { store_obj(to, value) };
+        unsafe { access::store_obj(to, value) };
         Ok(())
     }
 
@@ -94,7 +91,7 @@ impl DmaShared {
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), OutOfBounds> {
         let from = self.at(offset, to.len(), 1)?;
         // SAFETY: valid for the length; a slice of ours does not overlap device memory, of which none is ever lent.
-        unsafe { copy(from, to.as_mut_ptr(), to.len()) };
+        let _ = unsafe { access::copy(from, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
@@ -102,7 +99,7 @@ impl DmaShared {
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), OutOfBounds> {
         let to = self.at(offset, from.len(), 1)?;
         // SAFETY: as in `read`.
-        unsafe { copy(from.as_ptr(), to, from.len()) };
+        let _ = unsafe { access::copy(from.as_ptr(), to, from.len()) };
         Ok(())
     }
 
@@ -111,26 +108,25 @@ impl DmaShared {
     pub fn load_u32(&self, offset: usize) -> Result<u32, OutOfBounds> {
         let at = self.at(offset, 4, 4)?;
         // SAFETY: inside of the buffer and aligned, as the buffer starts on a page.
-        Ok(unsafe { load_u32(at) })
+        let value = unsafe { access::load::<u32>(at.cast()) };
+        fence(Ordering::Acquire);
+        Ok(value)
     }
 
     /// Stores an aligned little-endian `u32`, with release order: what was stored before it is seen by who loads it.
     #[inline]
     pub fn store_u32(&self, offset: usize, value: u32) -> Result<(), OutOfBounds> {
         let at = self.at(offset, 4, 4)?;
+        fence(Ordering::Release);
         // SAFETY: as in `load_u32`.
-        unsafe { AtomicU32::from_ptr(at.cast()) }.store(value.to_le(), Ordering::Release);
+        unsafe { access::store::<u32>(at.cast(), value) };
         Ok(())
     }
 
     /// Fills all of it with `byte`.
     pub fn fill(&self, byte: u8) {
-        let chunk = [byte; 256];
-        for offset in (0..self.len()).step_by(chunk.len()) {
-            let len = chunk.len().min(self.len() - offset);
-            // SAFETY: inside of the buffer by the minimum; the chunk is a local.
-            unsafe { copy(chunk.as_ptr(), self.base.as_ptr().add(offset), len) };
-        }
+        // SAFETY: all of the buffer.
+        let _ = unsafe { access::fill(self.base.as_ptr(), self.len(), byte) };
     }
 
     /// The device is proven not to use the memory any more: dropped, it returns to its pool.
@@ -149,14 +145,6 @@ impl fmt::Debug for DmaShared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("DmaShared").field(&self.buf).finish()
     }
-}
-
-/// # Safety
-/// `at` is valid for reads, and a multiple of 4.
-#[inline(always)]
-unsafe fn load_u32(at: *mut u8) -> u32 {
-    // SAFETY: the caller's promise; an atomic may be shared with any writer.
-    u32::from_le(unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Acquire))
 }
 
 /// [`DmaShared`] memory as an array of entries, each a whole number of `u64`s long (else it does not compile).
@@ -242,7 +230,7 @@ impl<T> DmaRing<T> {
     {
         let from = self.at(index)?;
         // SAFETY: valid for the size of `T`.
-        Ok(unsafe { load_obj(from) })
+        Ok(unsafe { access::load_obj(from) })
     }
 
     /// Copies an entry in.
@@ -256,7 +244,7 @@ impl<T> DmaRing<T> {
     {
         let to = self.at(index)?;
         // SAFETY: valid for the size of `T`.
-        unsafe { store_obj(to, value) };
+        unsafe { access::store_obj(to, value) };
         Ok(())
     }
 
@@ -272,7 +260,7 @@ impl<T> DmaRing<T> {
                 return Err(self.shared.outside(number.saturating_mul(8), 8));
             }
             // SAFETY: within the entry, whose start is a multiple of 8.
-            unsafe { to.add(number).write_volatile(word) };
+            unsafe { access::store_nth(to, number, word) };
         }
         Ok(())
     }
@@ -289,7 +277,9 @@ impl<T> DmaRing<T> {
         }
         let entry = self.at(index)?;
         // SAFETY: within the entry, whose start is a multiple of 8.
-        Ok(unsafe { load_u32(entry.add(offset)) })
+        let value = unsafe { access::load_nth::<u32>(entry.cast(), offset / 4) };
+        fence(Ordering::Acquire);
+        Ok(value)
     }
 
     /// Loads the little-endian `u64` at `offset` of an entry, with acquire order, untorn.
@@ -303,9 +293,9 @@ impl<T> DmaRing<T> {
         }
         let entry = self.at(index)?;
         // SAFETY: within the entry, whose start is a multiple of 8.
-        let word = unsafe { entry.add(offset) }.cast::<u64>();
-        // SAFETY: valid and aligned; an atomic may be shared with any writer.
-        Ok(u64::from_le(unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Acquire)))
+        let value = unsafe { access::load_nth::<u64>(entry.cast(), offset / 8) };
+        fence(Ordering::Acquire);
+        Ok(value)
     }
 
     /// Fills all entries with zeros.

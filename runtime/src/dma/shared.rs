@@ -1,19 +1,25 @@
 //! Memory that somebody else may write at any time: our own memfds that a device sees, and a peer's that we map.
 //!
-//! No reference to such memory is ever made. Small values are volatile or atomic accesses, bulk data is copied by code that
-//! the compiler can't look into.
+//! No reference to such memory is ever made: it is accessed by instructions that the compiler can't look into. A peer may also
+//! truncate its file: all accesses are guarded, as [`mmio`](crate::mmio) explains.
 
 use std::{
-    mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{Ordering, fence},
 };
 
 use rustix::{fs, mm};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    mmio::{
+        Faults, GUARDED,
+        access::{self, Vanished},
+        guard::Guard,
+    },
+};
 
 /// Page size that is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -44,9 +50,16 @@ pub struct SharedMemory {
     ptr: NonNull<u8>,
     len: usize,
     writable: bool,
+    // Before the mapping, so that it ends before it.
+    guard: Guard,
+    _mapping: Unmap,
 }
 
-// SAFETY: the mapping is plain memory of the process, reachable from every thread; all accesses are volatile or atomic.
+/// Unmaps when dropped.
+#[derive(Debug)]
+struct Unmap(NonNull<u8>, usize);
+
+// SAFETY: the mapping is plain memory of the process, reachable from every thread; no access of Rust races them.
 unsafe impl Send for SharedMemory {}
 // SAFETY: as above; concurrent accesses are what this type is for.
 unsafe impl Sync for SharedMemory {}
@@ -69,12 +82,45 @@ impl From<OutOfBounds> for Error {
     }
 }
 
+/// Why an access to shared memory failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AccessError {
+    /// It does not lie inside.
+    #[error(transparent)]
+    OutOfBounds(#[from] OutOfBounds),
+    /// The memory was not there: its owner truncated the file, or there is no memory left for its pages. A part may be copied.
+    #[error(
+        "the shared memory at {offset:#x}+{len:#x} is gone: its owner truncated the file, or the system has no memory for it"
+    )]
+    Vanished {
+        /// Offset of the access.
+        offset: u64,
+        /// Bytes of the access.
+        len: usize,
+    },
+}
+
+impl From<AccessError> for Error {
+    fn from(error: AccessError) -> Self {
+        match error {
+            AccessError::OutOfBounds(error) => error.into(),
+            AccessError::Vanished { .. } => Self::fault(error.to_string()),
+        }
+    }
+}
+
+#[cold]
+fn vanished(offset: u64, len: usize) -> AccessError {
+    AccessError::Vanished { offset, len }
+}
+
 impl SharedMemory {
     /// Maps `len` bytes at `offset` of `fd`, for reading and, where `writable`, for writing. A file that ends before that is
     /// refused.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a range beyond the file or of no bytes, [`Error::Io`] when the kernel refuses.
+    /// [`Error::Invalid`] for a range beyond the file or of no bytes, [`Error::Io`] when the kernel refuses. Where accesses are not
+    /// guarded ([`GUARDED`]), [`Error::Unsupported`] for a file that may be truncated.
     pub fn map(fd: impl AsFd, offset: u64, len: usize, writable: bool) -> Result<Self> {
         let fd = fd.as_fd();
         let stat = fs::fstat(fd).map_err(|e| Error::io("fstat of shared memory", e))?;
@@ -85,6 +131,11 @@ impl SharedMemory {
                 "shared memory {offset:#x}..{end:#x} is beyond the end of its file ({:#x} bytes)",
                 stat.st_size
             )));
+        }
+        let is_sealed = || fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(fs::SealFlags::SHRINK));
+        if !GUARDED && !is_sealed() {
+            let what = "sharing memory that its owner may truncate, on this architecture: seal it (F_SEAL_SHRINK)";
+            return Err(Error::Unsupported { what: what.into() });
         }
         Self::map_unchecked(fd, offset, len, writable)
     }
@@ -123,7 +174,9 @@ impl SharedMemory {
             .map_err(|e| Error::io(format!("mapping {len} bytes at {offset:#x}"), e))?;
         // SAFETY: the range was mapped just now. A fork must not share DMA memory with its child.
         let _ = unsafe { mm::madvise(ptr, len, mm::Advice::LinuxDontFork) };
-        Ok(Self { ptr: NonNull::new(ptr.cast()).expect("mmap never gives null"), len, writable })
+        let ptr = NonNull::new(ptr.cast()).expect("mmap never gives null");
+        let mapping = Unmap(ptr, len);
+        Ok(Self { ptr, len, writable, guard: Guard::new(ptr.as_ptr() as usize, len)?, _mapping: mapping })
     }
 
     /// Bytes of the mapping.
@@ -157,166 +210,94 @@ impl SharedMemory {
         }
     }
 
+    /// The accesses since this was asked last that found no memory. Also the caller was told of those, except by
+    /// [`Register`](crate::mmio::Register)s.
+    pub fn take_faults(&self) -> Option<Faults> {
+        self.guard.take()
+    }
+
     /// Copies `to.len()` bytes at `offset` out of the memory.
     #[inline]
-    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), OutOfBounds> {
+    pub fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), AccessError> {
         let from = self.at(offset, to.len(), 1, false)?;
         // SAFETY: both sides are valid for the length; `to` is a slice of ours, so they don't overlap.
-        unsafe { copy(from, to.as_mut_ptr(), to.len()) };
-        Ok(())
+        unsafe { access::copy(from, to.as_mut_ptr(), to.len()) }.map_err(|Vanished| vanished(offset, to.len()))
     }
 
     /// Copies `from` to `offset` of the memory.
     #[inline]
-    pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), OutOfBounds> {
+    pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), AccessError> {
         let to = self.at(offset, from.len(), 1, true)?;
         // SAFETY: as in `read`.
-        unsafe { copy(from.as_ptr(), to, from.len()) };
-        Ok(())
+        unsafe { access::copy(from.as_ptr(), to, from.len()) }.map_err(|Vanished| vanished(offset, from.len()))
     }
 
     /// Fills `len` bytes at `offset` with `byte`.
-    pub fn fill(&self, offset: u64, len: usize, byte: u8) -> Result<(), OutOfBounds> {
+    pub fn fill(&self, offset: u64, len: usize, byte: u8) -> Result<(), AccessError> {
         let to = self.at(offset, len, 1, true)?;
-        for i in 0..len {
-            // SAFETY: within the range that was checked.
-            unsafe { to.add(i).write_volatile(byte) };
-        }
-        Ok(())
+        // SAFETY: within the range that was checked.
+        unsafe { access::fill(to, len, byte) }.map_err(|Vanished| vanished(offset, len))
     }
 
     /// Copies one value out of the memory: a snapshot that the peer can't change any more.
     #[inline]
-    pub fn read_obj<T: FromBytes>(&self, offset: u64) -> Result<T, OutOfBounds> {
+    pub fn read_obj<T: FromBytes>(&self, offset: u64) -> Result<T, AccessError> {
         let from = self.at(offset, size_of::<T>(), 1, false)?;
         // SAFETY: valid for the size of `T`.
-        Ok(unsafe { load_obj(from) })
+        unsafe { access::try_load_obj(from) }.map_err(|Vanished| vanished(offset, size_of::<T>()))
     }
 
     /// Copies one value into the memory.
     #[inline]
-    pub fn write_obj<T: IntoBytes + Immutable>(&self, offset: u64, value: &T) -> Result<(), OutOfBounds> {
+    pub fn write_obj<T: IntoBytes + Immutable>(&self, offset: u64, value: &T) -> Result<(), AccessError> {
         let to = self.at(offset, size_of::<T>(), 1, true)?;
         // SAFETY: valid for the size of `T`.
-        unsafe { store_obj(to, value) };
-        Ok(())
+        unsafe { access::try_store_obj(to, value) }.map_err(|Vanished| vanished(offset, size_of::<T>()))
     }
 
     /// Loads an aligned little-endian `u32`, with acquire order: what its writer stored before it is seen after it.
     #[inline]
-    pub fn load_u32(&self, offset: u64) -> Result<u32, OutOfBounds> {
+    pub fn load_u32(&self, offset: u64) -> Result<u32, AccessError> {
         let at = self.at(offset, 4, 4, false)?;
-        // SAFETY: inside of the mapping and aligned; an atomic may be shared with any writer.
-        Ok(u32::from_le(unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Acquire)))
+        // SAFETY: inside of the mapping and aligned.
+        let value = unsafe { access::try_load::<u32>(at.cast()) };
+        fence(Ordering::Acquire);
+        value.map_err(|Vanished| vanished(offset, 4))
     }
 
     /// Stores an aligned little-endian `u32`, with release order: what was stored before it is seen by who loads it.
     #[inline]
-    pub fn store_u32(&self, offset: u64, value: u32) -> Result<(), OutOfBounds> {
+    pub fn store_u32(&self, offset: u64, value: u32) -> Result<(), AccessError> {
         let at = self.at(offset, 4, 4, true)?;
+        fence(Ordering::Release);
         // SAFETY: as in `load_u32`.
-        unsafe { AtomicU32::from_ptr(at.cast()) }.store(value.to_le(), Ordering::Release);
-        Ok(())
+        unsafe { access::try_store::<u32>(at.cast(), value) }.map_err(|Vanished| vanished(offset, 4))
     }
 
     /// [`SharedMemory::load_u32`] for a `u64`.
     #[inline]
-    pub fn load_u64(&self, offset: u64) -> Result<u64, OutOfBounds> {
+    pub fn load_u64(&self, offset: u64) -> Result<u64, AccessError> {
         let at = self.at(offset, 8, 8, false)?;
         // SAFETY: as in `load_u32`.
-        Ok(u64::from_le(unsafe { AtomicU64::from_ptr(at.cast()) }.load(Ordering::Acquire)))
+        let value = unsafe { access::try_load::<u64>(at.cast()) };
+        fence(Ordering::Acquire);
+        value.map_err(|Vanished| vanished(offset, 8))
     }
 
     /// [`SharedMemory::store_u32`] for a `u64`.
     #[inline]
-    pub fn store_u64(&self, offset: u64, value: u64) -> Result<(), OutOfBounds> {
+    pub fn store_u64(&self, offset: u64, value: u64) -> Result<(), AccessError> {
         let at = self.at(offset, 8, 8, true)?;
+        fence(Ordering::Release);
         // SAFETY: as in `load_u32`.
-        unsafe { AtomicU64::from_ptr(at.cast()) }.store(value.to_le(), Ordering::Release);
-        Ok(())
+        unsafe { access::try_store::<u64>(at.cast(), value) }.map_err(|Vanished| vanished(offset, 8))
     }
 }
 
-impl Drop for SharedMemory {
+impl Drop for Unmap {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody can hold a pointer into it: accesses borrow `self`, buffers own it.
-        let _ = unsafe { mm::munmap(self.ptr.as_ptr().cast(), self.len) };
-    }
-}
-
-/// Whether a `T` at `at` is accessed as `u64`s: `rep movsb` costs more than a few of them to start.
-#[inline(always)]
-fn in_words<T>(at: *const u8) -> bool {
-    size_of::<T>().is_multiple_of(8) && size_of::<T>() <= 128 && at as usize & 7 == 0
-}
-
-/// Loads a value that may change under the load: what is torn is the value, not the program.
-///
-/// # Safety
-/// `from` is valid for reads of the size of `T`.
-#[inline(always)]
-pub(crate) unsafe fn load_obj<T: FromBytes>(from: *const u8) -> T {
-    let mut value = MaybeUninit::<T>::uninit();
-    let to = value.as_mut_ptr().cast::<u8>();
-    if in_words::<T>(from) {
-        for i in 0..size_of::<T>() / 8 {
-            // SAFETY: within `T` on both sides; `from` is aligned, the value may not be.
-            unsafe { to.cast::<u64>().add(i).write_unaligned(from.cast::<u64>().add(i).read_volatile()) };
-        }
-    } else {
-        // SAFETY: both sides are valid for the size of `T`, and a local overlaps nothing.
-        unsafe { copy(from, to, size_of::<T>()) };
-    }
-    // SAFETY: all of its bytes are written, and any bytes are a `T` by `FromBytes`.
-    unsafe { value.assume_init() }
-}
-
-/// Stores a value where somebody else may look at any time.
-///
-/// # Safety
-/// `to` is valid for writes of the size of `T`.
-#[inline(always)]
-pub(crate) unsafe fn store_obj<T: IntoBytes + Immutable>(to: *mut u8, value: &T) {
-    let from = value.as_bytes().as_ptr();
-    if in_words::<T>(to) {
-        for i in 0..size_of::<T>() / 8 {
-            // SAFETY: as in `load_obj`, the other way round; a `T` has no padding by `IntoBytes`.
-            unsafe { to.cast::<u64>().add(i).write_volatile(from.cast::<u64>().add(i).read_unaligned()) };
-        }
-    } else {
-        // SAFETY: as in `load_obj`.
-        unsafe { copy(from, to, size_of::<T>()) };
-    }
-}
-
-/// Copies `len` bytes where one side may change under the copy. In assembly, so that no Rust access races it.
-///
-/// # Safety
-/// Both pointers are valid for `len` bytes and the ranges don't overlap.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: the caller's promise; `rep movsb` touches just these bytes, and the direction flag is clear by the ABI.
-    unsafe {
-        std::arch::asm!("rep movsb", inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
-            options(nostack, preserves_flags));
-    }
-}
-
-/// Copies `len` bytes where one side may change under the copy, by volatile accesses.
-///
-/// # Safety
-/// Both pointers are valid for `len` bytes and the ranges don't overlap.
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    let words = if (from as usize | to as usize) % 8 == 0 { len / 8 } else { 0 };
-    for i in 0..words {
-        // SAFETY: aligned, and within the caller's ranges.
-        unsafe { to.cast::<u64>().add(i).write_volatile(from.cast::<u64>().add(i).read_volatile()) };
-    }
-    for i in words * 8..len {
-        // SAFETY: within the caller's ranges.
-        unsafe { to.add(i).write_volatile(from.add(i).read_volatile()) };
+        // SAFETY: the mapping is ours, and nobody can hold a pointer into it: accesses borrow it, buffers own it.
+        let _ = unsafe { mm::munmap(self.0.as_ptr().cast(), self.1) };
     }
 }
 

@@ -1,12 +1,54 @@
 //! Registers in mapped device memory.
 //!
-//! An access is one volatile load or store of the register's width, little-endian, never split, merged or repeated. Volatile
+//! An access is one load or store of the register's width, little-endian, never split, merged or repeated, as a volatile one is. The
 //! accesses of one thread stay in order among themselves; their order against DMA memory is explicit:
 //! [`Register::write_after_dma`] and [`Register::read_before_dma`].
+//!
+//! # Memory that vanishes
+//!
+//! Device memory answers with SIGBUS while the device's memory decoding is off or the device sleeps, and so does a file's memory
+//! after somebody has truncated the file. An access of this crate survives that: a load gives all ones, a store is skipped, and
+//! the mapping counts it ([`Faults`]). The next access may succeed: the mapping heals by itself.
+//!
+//! - [`Register::read`] and [`Register::write`] cost what a volatile access costs, and say nothing.
+//! - [`Register::try_read`] costs a compare and a branch more and gives [`MmioUnavailable`]. [`Register::try_write`] is for places
+//!   that are not hot.
+//! - [`Register::take_faults`] tells of skipped stores later, when there is time.
+//!
+//! For this the first mapping installs a process-wide handler of SIGBUS. Faults that are not of this crate's accesses go to the
+//! handler that was there before, or end the process as they would without it. A handler that is installed later has to pass on
+//! what is not its own. A thread that blocks SIGBUS is not helped: the kernel ends the process then.
+//!
+//! This is so on x86-64. On other architectures ([`GUARDED`]) device memory is not mapped: registers are accessed by system calls
+//! or messages.
 
 use std::{fmt, ptr::NonNull, sync::Arc};
 
 use crate::{Error, Result, dma::SharedMemory};
+
+#[cfg_attr(not(target_arch = "x86_64"), path = "unguarded.rs")]
+pub(crate) mod access;
+#[cfg(target_arch = "x86_64")]
+mod fixup;
+pub(crate) mod guard;
+#[cfg(target_arch = "x86_64")]
+mod signal;
+
+pub use guard::Faults;
+
+/// Whether accesses survive memory that vanishes, on this architecture. Where they don't, device memory is not mapped, and shared
+/// memory has to be sealed against shrinking.
+pub const GUARDED: bool = access::GUARDED;
+
+/// The memory of a register was not there when it was accessed; the next access may succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the register at {offset:#x} of its mapping does not answer: the device's memory is switched off, it sleeps, or it is reset; try again later"
+)]
+pub struct MmioUnavailable {
+    /// Offset of the register in its mapping.
+    pub offset: u64,
+}
 
 mod sealed {
     pub trait Sealed {}
@@ -79,7 +121,7 @@ pub struct Register<T> {
     memory: Arc<SharedMemory>,
 }
 
-// SAFETY: the pointer is into `memory`, which may be used from every thread; all accesses are volatile.
+// SAFETY: the pointer is into `memory`, which may be used from every thread; all accesses are single instructions.
 unsafe impl<T: Value> Send for Register<T> {}
 // SAFETY: as above.
 unsafe impl<T: Value> Sync for Register<T> {}
@@ -93,6 +135,18 @@ impl<T> Clone for Register<T> {
 impl<T> fmt::Debug for Register<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Register").field(&self.at).finish()
+    }
+}
+
+impl<T> Register<T> {
+    /// Where it is in its mapping, in bytes.
+    pub fn offset(&self) -> u64 {
+        (self.at.as_ptr() as usize - self.memory.as_ptr().as_ptr() as usize) as u64
+    }
+
+    /// The faults of the whole mapping since they were taken last, by whomever.
+    pub fn take_faults(&self) -> Option<Faults> {
+        self.memory.take_faults()
     }
 }
 
@@ -115,18 +169,44 @@ impl<T: Value> Register<T> {
         Ok(Self { at, memory: memory.clone() })
     }
 
-    /// Loads the register.
+    /// Loads the register; all ones when its memory is not there, which is counted.
     #[inline]
     pub fn read(&self) -> T {
         // SAFETY: `new` checked place and alignment (a mapping starts at a page), and the mapping lives as long as `memory`.
-        unsafe { self.at.as_ptr().read_volatile() }.swap_le()
+        unsafe { access::load(self.at.as_ptr()) }
     }
 
-    /// Stores to the register.
+    /// Loads the register.
+    ///
+    /// # Errors
+    /// [`MmioUnavailable`] when its memory is not there.
+    #[inline]
+    pub fn try_read(&self) -> Result<T, MmioUnavailable> {
+        // SAFETY: as in `read`.
+        unsafe { access::try_load(self.at.as_ptr()) }.map_err(|_| self.unavailable())
+    }
+
+    /// Stores to the register; skipped and counted when its memory is not there.
     #[inline]
     pub fn write(&self, value: T) {
-        // SAFETY: as in `read`.
-        unsafe { self.at.as_ptr().write_volatile(value.swap_le()) }
+        // SAFETY: as in `read`, and `new` checked that the mapping is writable.
+        unsafe { access::store(self.at.as_ptr(), value) }
+    }
+
+    /// Stores to the register after all that this thread stored to DMA memory before.
+    ///
+    /// # Errors
+    /// [`MmioUnavailable`] when its memory is not there. That a store did not fault does not mean that the device took it.
+    #[inline]
+    pub fn try_write(&self, value: T) -> Result<(), MmioUnavailable> {
+        dma_write_barrier();
+        // SAFETY: as in `write`.
+        unsafe { access::try_store(self.at.as_ptr(), value) }.map_err(|_| self.unavailable())
+    }
+
+    #[cold]
+    fn unavailable(&self) -> MmioUnavailable {
+        MmioUnavailable { offset: self.offset() }
     }
 
     /// Stores to the register after all that this thread stored to DMA memory before: a doorbell.

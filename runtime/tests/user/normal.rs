@@ -6,7 +6,7 @@ use futures::{FutureExt, StreamExt, future::join_all};
 use vfio_uring::{
     Error,
     device::{Device, Irq, Options, index},
-    dma::HugePages,
+    dma::{HugePages, SharedMemory},
     reactor::{sleep, spawn, yield_now},
     transport::user::wire::{self, Capabilities, DmaAccess, RegionAccess, Version, command},
 };
@@ -92,6 +92,47 @@ fn mapped_areas_are_memory_and_the_rest_is_messages() {
         // It keeps the mapping.
         register.write(1);
         assert_eq!(register.read(), 1);
+    });
+}
+
+#[test]
+fn a_bar_that_its_server_truncates_answers_again_when_it_is_back() {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let fd = rustix::fs::memfd_create("bar2", flags).unwrap();
+    let set_len = |len| rustix::fs::ftruncate(&fd, len).unwrap();
+    set_len(0x4000);
+    let (theirs, memory) = (fd.try_clone().unwrap(), SharedMemory::map(&fd, 0, 0x4000, true).unwrap());
+    let fake = Fake::run(move |mut peer| {
+        peer.device.bar2 = Some((theirs, memory));
+        while let Some(message) = peer.recv() {
+            peer.answer(&message);
+        }
+    });
+    run(async {
+        let device = open(&fake).await;
+        let bar = device.bar(2).unwrap();
+        bar.write::<u32>(0x1004, 0xabcd).await.unwrap();
+        let (doorbell, other) = (bar.posted::<u32>(0x1008).unwrap(), bar.posted::<u32>(0x2000).unwrap());
+        doorbell.write(1);
+        assert!(doorbell.take_error().is_none());
+        // The first of the two areas stays.
+        set_len(0x3000);
+        bar.write::<u32>(0x1004, 1).await.unwrap();
+        set_len(0x2000);
+        let is_unavailable = |error: Error| matches!(error, Error::MmioUnavailable { bar: 2, offset: 0x1004 });
+        assert!(is_unavailable(bar.read::<u32>(0x1004).await.unwrap_err()));
+        assert!(is_unavailable(bar.write::<u32>(0x1004, 5).await.unwrap_err()));
+        assert_eq!(bar.register::<u32>(0x1004).unwrap().take_faults().map(|faults| faults.count), Some(2));
+        doorbell.write(2);
+        let lost = doorbell.take_error();
+        assert!(matches!(lost, Some(Error::MmioUnavailable { bar: 2, offset: 0x1008 })), "{lost:?}");
+        assert!(lost.unwrap().to_string().contains("BAR 2 does not answer at 0x1008"));
+        assert!(doorbell.take_error().is_none() && other.take_error().is_none());
+        set_len(0x4000);
+        assert_eq!(bar.read::<u32>(0x1004).await.unwrap(), 0);
+        bar.write::<u32>(0x1004, 7).await.unwrap();
+        assert_eq!(bar.read::<u32>(0x1004).await.unwrap(), 7);
+        assert!(device.is_gone().is_none());
     });
 }
 
