@@ -58,6 +58,7 @@ fn main() {
     let chosen = |index: &usize| *index == 0 || is_chosen(CONTENDERS[*index].0);
     let chosen: Vec<usize> = (0..CONTENDERS.len()).filter(chosen).collect();
     let peers: Vec<Peer> = chosen.iter().map(|&index| Peer::start(&CONTENDERS[index])).collect();
+    let_others_sleep();
     println!("eventfd to task and back: ns, and ratio to {} (paired median and quartiles)", CONTENDERS[0].0);
     println!("{rounds} rounds of {wakes} wakes each\n");
     for (form, core) in [("one core", Some(cores[0])), ("two cores", cores.get(1).copied())] {
@@ -82,6 +83,14 @@ fn main() {
         }
     }
     peers.into_iter().for_each(Peer::join);
+}
+
+/// Keeps this thread from taking the core as soon as an answer is written: an interrupt finds a task that sleeps, and so shall the
+/// events here. Without that, the next event is there before a contender has looked for it.
+fn let_others_sleep() {
+    // SAFETY: the call reads a parameter of its type.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &libc::sched_param { sched_priority: 0 }) };
+    assert_eq!(result, 0, "every thread may become a batch one");
 }
 
 /// A number of wakes, to be answered from a core.
