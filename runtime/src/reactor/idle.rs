@@ -129,7 +129,9 @@ impl Waiting {
             Standby::Armed(until) => until.map(|at| at.saturating_duration_since(Instant::now())),
             Standby::Idle => None,
         };
-        self.asleep = Some(Instant::now());
+        self.looks = 0;
+        // The clock costs something, and only a spin is adapted.
+        self.asleep = (self.mode == Idle::Hybrid).then(Instant::now);
         Turn::Sleep(limit)
     }
 
@@ -138,7 +140,6 @@ impl Waiting {
         if let Some(since) = self.asleep.take() {
             let short = since.elapsed() < SHORT_SLEEP;
             self.budget = if short { self.budget * 2 } else { self.budget / 2 }.clamp(SPIN_MIN, SPIN_MAX);
-            self.looks = 0;
         }
     }
 }
