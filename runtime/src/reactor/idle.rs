@@ -34,6 +34,10 @@ const NAP_MIN: Duration = Duration::from_micros(20);
 const NAP_MAX: Duration = Duration::from_millis(1);
 /// A sleep that ends sooner than this was not worth its two system calls.
 const SHORT_SLEEP: Duration = Duration::from_micros(30);
+/// The longest spins that may find nothing in a row, each before a short sleep: who makes the events waits for our core then.
+const VAIN_MAX: u32 = 4;
+/// Short sleeps after that before longer spins are tried again.
+const DISTRUST: u32 = 4096;
 
 /// What a turn comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,12 +64,27 @@ pub(super) struct Waiting {
     shared: bool,
     /// Since when the reactor sleeps, when it is not a nap.
     asleep: Option<Instant>,
+    /// Spins of the longest kind that found nothing, in a row.
+    vain: u32,
+    /// Short sleeps that are not to make the spin longer.
+    distrust: u32,
 }
 
 impl Waiting {
     pub(super) fn new(mode: Idle) -> Self {
         let one_core = thread::available_parallelism().is_ok_and(|n| n.get() == 1);
-        Self { mode, one_core, turns: 0, looks: 0, budget: SPIN_START, nap: NAP_MIN, shared: false, asleep: None }
+        Self {
+            mode,
+            one_core,
+            turns: 0,
+            looks: 0,
+            budget: SPIN_START,
+            nap: NAP_MIN,
+            shared: false,
+            asleep: None,
+            vain: 0,
+            distrust: 0,
+        }
     }
 
     /// A turn that found work.
@@ -78,6 +97,8 @@ impl Waiting {
             } else if self.looks <= self.budget.saturating_add(YIELDS) {
                 // The spin paid, or would have if it had been longer: allow some more than it took.
                 self.budget = (self.budget + self.looks / 4 + 1).min(SPIN_MAX);
+                self.vain = 0;
+                self.distrust = 0;
             }
             self.looks = 0;
             self.nap = NAP_MIN;
@@ -129,16 +150,32 @@ impl Waiting {
             Standby::Armed(until) => until.map(|at| at.saturating_duration_since(Instant::now())),
             Standby::Idle => None,
         };
-        self.asleep = Some(Instant::now());
+        self.looks = 0;
+        // The clock costs something, and only a spin is adapted.
+        self.asleep = (self.mode == Idle::Hybrid).then(Instant::now);
         Turn::Sleep(limit)
     }
 
     /// The sleep has ended: a short one would have been a spin that pays, a long one was right.
     pub(super) fn woke(&mut self) {
         if let Some(since) = self.asleep.take() {
-            let short = since.elapsed() < SHORT_SLEEP;
-            self.budget = if short { self.budget * 2 } else { self.budget / 2 }.clamp(SPIN_MIN, SPIN_MAX);
-            self.looks = 0;
+            self.slept(since.elapsed());
+        }
+    }
+
+    fn slept(&mut self, time: Duration) {
+        if time >= SHORT_SLEEP {
+            self.budget = (self.budget / 2).max(SPIN_MIN);
+            self.vain = 0;
+        } else if self.distrust > 0 {
+            self.distrust -= 1;
+        } else if self.budget < SPIN_MAX {
+            self.budget = (self.budget * 2).min(SPIN_MAX);
+        } else {
+            self.vain += 1;
+            if self.vain == VAIN_MAX {
+                (self.budget, self.vain, self.distrust) = (SPIN_MIN, 0, DISTRUST);
+            }
         }
     }
 }
@@ -159,6 +196,54 @@ pub(super) fn park(local: &Local, limit: Option<Duration>) {
             thread::sleep(NAP_MAX);
         }
     }
-    local.drain_inbox();
+    if !inbox.is_empty() {
+        local.drain_inbox();
+    }
     local.fire_timers();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_micros(3);
+
+    /// The producer needs the core: however long the spin, the event comes as soon as the reactor sleeps.
+    #[test]
+    fn a_spin_that_keeps_its_producer_waiting_is_given_up() {
+        let mut waiting = Waiting::new(Idle::Hybrid);
+        let mut looks = 0u64;
+        for _ in 0..100_000 {
+            looks += u64::from(waiting.budget);
+            waiting.slept(SOON);
+        }
+        assert!(looks / 100_000 < 32, "{} looks for each event", looks / 100_000);
+    }
+
+    #[test]
+    fn the_spin_grows_to_what_short_sleeps_ask_for_and_shrinks_with_long_ones() {
+        let mut waiting = Waiting::new(Idle::Hybrid);
+        (0..20).for_each(|_| waiting.slept(Duration::from_millis(1)));
+        assert_eq!(waiting.budget, SPIN_MIN);
+        (0..8).for_each(|_| waiting.slept(SOON));
+        assert_eq!(waiting.budget, SPIN_MAX);
+        // One that is late now and then takes nothing away.
+        for _ in 0..100 {
+            waiting.slept(SOON);
+            waiting.looks = 100;
+            waiting.found_work();
+        }
+        assert_eq!(waiting.budget, SPIN_MAX);
+    }
+
+    #[test]
+    fn a_spin_that_pays_is_trusted_again() {
+        let mut waiting = Waiting::new(Idle::Hybrid);
+        (0..20).for_each(|_| waiting.slept(SOON));
+        assert!(waiting.distrust > 0);
+        waiting.looks = 10;
+        waiting.found_work();
+        (0..8).for_each(|_| waiting.slept(SOON));
+        assert_eq!(waiting.budget, SPIN_MAX);
+    }
 }

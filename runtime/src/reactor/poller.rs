@@ -74,7 +74,9 @@ impl Pollers {
             };
         }
         drop(list);
-        self.apply_changes();
+        if self.changed.get() {
+            self.apply_changes();
+        }
         all
     }
 
