@@ -26,7 +26,10 @@
 pub mod access;
 mod backend;
 pub mod buf;
+mod bytes;
 pub mod conflict;
+#[cfg(feature = "tokio-uring")]
+mod iobuf;
 pub mod iova;
 pub mod mapping;
 pub mod pool;
