@@ -109,7 +109,7 @@ impl Phase {
         self.bar.finish_and_clear();
         let (bytes, time) = (self.bar.position(), self.start.elapsed().as_secs_f64());
         let rate = HumanBytes((bytes as f64 / time) as u64);
-        println!("{:9}  {} in {time:.2} s, {rate}/s, {DEPTH} buffers in flight", self.name, HumanBytes(bytes));
+        println!("{:9}  {} in {time:.2} s, {rate}/s, {DEPTH} parts at a time", self.name, HumanBytes(bytes));
     }
 }
 
@@ -146,7 +146,8 @@ async fn write(
     });
     let written = hashed.map(|loaded| async {
         let (chunk, buf) = loaded?;
-        ns.write(chunk.lba, buf).await.0?;
+        let (written, _) = ns.write(chunk.lba, buf).await;
+        written.map_err(|error| format!("writing {} bytes to block {}: {error}", chunk.len, chunk.lba))?;
         Ok::<_, Box<dyn Error>>(chunk.len as u64)
     });
     written
@@ -169,7 +170,7 @@ async fn read_back(ns: &Namespace, pool: &Pool, chunks: &[Chunk], phase: Phase) 
         // What was written may still be in this memory: it must not pass for what was read.
         buf.fill(0);
         let (read, buf) = ns.read(chunk.lba, buf).await;
-        read?;
+        read.map_err(|error| format!("reading {} bytes from block {}: {error}", chunk.len, chunk.lba))?;
         Ok::<_, Box<dyn Error>>((chunk, buf))
     });
     let mut read = pin!(read.buffered(DEPTH));
@@ -187,8 +188,8 @@ async fn copy(controller: &Controller, source: Source) -> Result<()> {
     let (block, len, model) = (ns.block_size() as u64, source.len, &controller.info().model);
     let blocks = len.div_ceil(block);
     if blocks > ns.blocks() {
-        let room = HumanBytes(ns.blocks() * block);
-        return Err(format!("{} has {}, namespace 1 of {model} only {room}", source.name, HumanBytes(len)).into());
+        let room = ns.blocks() * block;
+        return Err(format!("{} has {len} bytes, namespace 1 of {model} has room for {room} only", source.name).into());
     }
     let chunk_len = CHUNK.next_multiple_of(ns.block_size());
     let chunks = (0..len).step_by(chunk_len).map(|offset| {
