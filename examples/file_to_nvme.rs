@@ -135,12 +135,12 @@ async fn write(
     ns: &Namespace,
     pool: &Pool,
     file: &tokio_uring::fs::File,
-    chunks: &[Chunk],
+    chunks: impl Iterator<Item = Chunk>,
     phase: Phase,
 ) -> Result<blake3::Hash> {
     let (mut hash, block) = (blake3::Hasher::new(), ns.block_size());
     // Both are pipelines that keep the order, which the hash needs.
-    let loaded = stream::iter(chunks).map(|&chunk| load(file, chunk, pool, block)).buffered(DEPTH);
+    let loaded = stream::iter(chunks).map(|chunk| load(file, chunk, pool, block)).buffered(DEPTH);
     let hashed = loaded.inspect_ok(|(chunk, buf)| {
         hash.update(&buf[..chunk.len]);
     });
@@ -163,9 +163,9 @@ async fn write(
 }
 
 /// The hash of what the device has.
-async fn read_back(ns: &Namespace, pool: &Pool, chunks: &[Chunk], phase: Phase) -> Result<blake3::Hash> {
+async fn read_back(ns: &Namespace, pool: &Pool, chunks: impl Iterator<Item = Chunk>, phase: Phase) -> Result<blake3::Hash> {
     let (mut hash, block) = (blake3::Hasher::new(), ns.block_size());
-    let read = stream::iter(chunks).map(|&chunk| async move {
+    let read = stream::iter(chunks).map(|chunk| async move {
         let mut buf = pool.alloc(chunk.len.next_multiple_of(block))?;
         // What was written may still be in this memory: it must not pass for what was read.
         buf.fill(0);
@@ -192,19 +192,18 @@ async fn copy(controller: &Controller, source: Source) -> Result<()> {
         return Err(format!("{} has {len} bytes, namespace 1 of {model} has room for {room} only", source.name).into());
     }
     let chunk_len = CHUNK.next_multiple_of(ns.block_size());
-    let chunks = (0..len).step_by(chunk_len).map(|offset| {
+    let chunks = (0..len).step_by(chunk_len).map(move |offset| {
         let len = (len - offset).min(chunk_len as u64) as usize;
         Chunk { offset, len, lba: offset / block }
     });
-    let chunks: Vec<_> = chunks.collect();
     // As many as both pipelines of the writing hold.
     let pool = Pool::new(controller.device().dma(), 2 * DEPTH * chunk_len, HugePages::No).await?;
 
     println!("copying {}, {len} bytes, to namespace 1 of {model}: its first {blocks} blocks are overwritten", source.name);
     let file = tokio_uring::fs::File::from_std(source.file);
-    let written = write(&ns, &pool, &file, &chunks, Phase::new("written", len)).await?;
+    let written = write(&ns, &pool, &file, chunks.clone(), Phase::new("written", len)).await?;
     file.close().await?;
-    let read = read_back(&ns, &pool, &chunks, Phase::new("read back", len)).await?;
+    let read = read_back(&ns, &pool, chunks, Phase::new("read back", len)).await?;
     if written != read {
         return Err(format!("what was read back is not the file: its BLAKE3 is {read}, the file's {written}").into());
     }
