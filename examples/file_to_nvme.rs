@@ -24,7 +24,7 @@ use vfio_uring::{
     dma::{DmaBuf, HugePages, Pool},
     reactor::Guest,
 };
-use vfio_uring_models::nvme;
+use vfio_uring_models::nvme::{self, Config, NamespaceConfig};
 use vfio_uring_nvme::{Controller, Namespace, Options};
 
 /// Bytes that are read and written at once, in whole blocks.
@@ -235,15 +235,18 @@ pub fn run(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> 
         Some(path) => Source::open(path)?,
         None => Source::random()?,
     };
+    // Where io_uring can't be used, this says so; tokio-uring panics.
+    let mut guest = Guest::new()?;
     let mut embedded = None;
     let address = match arguments.device {
         Some(address) => address,
         None => {
             println!("no --device: the software controller runs in a thread of this process, its blocks in memory");
-            embedded.insert(nvme::spawn(Default::default())?).address().parse()?
+            let namespaces = vec![NamespaceConfig::memory(source.len.next_multiple_of(1 << 20))];
+            embedded.insert(nvme::spawn(Config { namespaces, ..Config::default() })?).address().parse()?
         }
     };
-    tokio_uring::start(async { Guest::new()?.run(on_device(&address, source)).await? })
+    tokio_uring::start(async { guest.run(on_device(&address, source)).await? })
 }
 
 fn main() -> ExitCode {

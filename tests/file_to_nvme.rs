@@ -1,6 +1,6 @@
 //! The example of that name: what it leaves on the device, and what it says when it can't.
 
-use std::{fs, io::Write};
+use std::{fs, io::Write, sync::mpsc, thread, time::Duration};
 
 use tempfile::NamedTempFile;
 use vfio_uring::{
@@ -32,7 +32,16 @@ fn serve(bytes: u64, lba_size: u32, faults: Faults) -> Running {
 }
 
 fn run(arguments: &[&str]) -> Result<(), String> {
-    file_to_nvme::run(["file_to_nvme"].iter().chain(arguments)).map_err(|error| error.to_string())
+    let arguments: Vec<_> = ["file_to_nvme"].iter().chain(arguments).map(|argument| argument.to_string()).collect();
+    let (sender, result) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        let _ = sender.send(file_to_nvme::run(arguments).map_err(|error| error.to_string()));
+    });
+    match result.recv_timeout(Duration::from_secs(120)) {
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("it hangs"),
+        Err(mpsc::RecvTimeoutError::Disconnected) => panic!("{:?}", thread.join()),
+        Ok(result) => result,
+    }
 }
 
 fn copy(file: &NamedTempFile, server: &Running) -> Result<(), String> {

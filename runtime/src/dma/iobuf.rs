@@ -13,6 +13,9 @@ use super::DmaBuf;
 /// `buf.slice(..n)` reads or writes the first `n` bytes alone, and its `into_inner` is the whole buffer again. As always with
 /// `slice`, a range that goes beyond the buffer panics; so does any slice of a buffer of length 0.
 ///
+/// tokio-uring's `readv_at` reads to behind what is initialised. Here that is the end, so it reads 0 bytes, whatever the file has:
+/// use a `read_at` for each buffer. `writev_at` works.
+///
 /// ```
 /// # let path = tempfile::NamedTempFile::new()?;
 /// # std::fs::write(&path, b"twelve bytes")?;
@@ -147,6 +150,22 @@ mod tests {
             buf.set_len(10).unwrap();
             let (count, _) = file.write_at(buf, 600).submit().await;
             assert_eq!((count.unwrap(), fs::metadata(&path).unwrap().len()), (10, 610));
+            file.close().await.unwrap();
+        });
+    }
+
+    #[test]
+    fn many_buffers_are_written_at_once_but_not_read() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        let pool = pool();
+        tokio_uring::start(async {
+            let file = File::from_std(fs::File::options().read(true).write(true).open(&path).unwrap());
+            let bufs = [&b"in "[..], b"three ", b"parts"].map(|part| pool.alloc_from(part).unwrap());
+            let (count, bufs) = file.writev_at(bufs.into(), 2).await;
+            assert_eq!((count.unwrap(), fs::read(&path).unwrap()), (14, b"\0\0in three parts".to_vec()));
+            // The documentation says so; should tokio-uring change it, that has to change, too.
+            let (count, bufs) = file.readv_at(bufs, 0).await;
+            assert_eq!((count.unwrap(), &*bufs[2]), (0, &b"parts"[..]));
             file.close().await.unwrap();
         });
     }
