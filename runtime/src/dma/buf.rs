@@ -105,6 +105,17 @@ impl DmaBuf {
         Ok(())
     }
 
+    /// Sets the length, and what it gains to `value`: nothing that the memory was used for before is seen.
+    ///
+    /// # Errors
+    /// As of [`DmaBuf::set_len`].
+    pub fn resize(&mut self, len: usize, value: u8) -> Result<()> {
+        let before = self.len().min(len);
+        self.set_len(len)?;
+        self[before..].fill(value);
+        Ok(())
+    }
+
     /// [`AddressSpace::id`](super::AddressSpace::id) of the space that the buffer is mapped in.
     #[inline]
     pub fn space_id(&self) -> u64 {

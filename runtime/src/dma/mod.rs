@@ -3,6 +3,9 @@
 //! An [`AddressSpace`] maps memory at the device; a [`Pool`] cuts a mapping into owned [`DmaBuf`]s, which travel by value through
 //! a command; queue memory that the device sees all the time is a [`DmaShared`] or, as an array of entries, a [`DmaRing`].
 //!
+//! A buffer becomes `bytes::Bytes` without a copy, and takes a copy of any `bytes::Buf`. With the feature `tokio-uring` it is a
+//! buffer of tokio-uring's: files and sockets are read straight into DMA memory.
+//!
 //! Memory and addresses are freed against proof: a buffer returns to its pool when its owner drops it, which a command's slot
 //! does on completion; a mapping's addresses are used again only after the device has confirmed the unmap. What can't be proven
 //! is leaked, and counted.
@@ -26,7 +29,10 @@
 pub mod access;
 mod backend;
 pub mod buf;
+mod bytes;
 pub mod conflict;
+#[cfg(feature = "tokio-uring")]
+mod iobuf;
 pub mod iova;
 pub mod mapping;
 pub mod pool;
