@@ -6,7 +6,7 @@ use super::{DmaBuf, Pool};
 use crate::{Error, Result};
 
 /// The buffer's bytes, without a copy. The memory returns to its pool when the last clone or slice of them is dropped, on
-/// whatever thread that is. One small allocation is made for the count of them.
+/// whatever thread that is. One small allocation is made for the count of them. There is no way back from the bytes to the buffer.
 ///
 /// ```
 /// # futures::executor::block_on(async {
@@ -49,13 +49,18 @@ impl DmaBuf {
 }
 
 impl Pool {
-    /// A buffer as long as `data`, with a copy of it.
+    /// A buffer as long as `data`, with a copy of it. What the buffer has room for behind it is zero: the pool's memory may have
+    /// had somebody else's data.
     ///
     /// # Errors
     /// As of [`Pool::alloc`]; data of no bytes is [`Error::Invalid`], too.
     pub fn alloc_from(&self, data: impl Buf) -> Result<DmaBuf> {
-        let mut buf = self.alloc(data.remaining())?;
+        let len = data.remaining();
+        let mut buf = self.alloc(len)?;
         buf.copy_from(data)?;
+        buf.set_len(buf.capacity())?;
+        buf[len..].fill(0);
+        buf.set_len(len)?;
         Ok(buf)
     }
 }
