@@ -8,14 +8,14 @@ use std::{
     error::Error,
     ffi::OsString,
     fs::{self, File},
-    io::{Seek, Write},
+    io::{ErrorKind, Seek, Write},
     path::{Path, PathBuf},
     pin::pin,
     process::ExitCode,
     time::Instant,
 };
 
-use clap::{Parser, error::ErrorKind};
+use clap::{Parser, error};
 use futures::{StreamExt, TryStreamExt, stream};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use tokio_uring::buf::BoundedBuf;
@@ -124,7 +124,12 @@ impl Drop for Phase {
 async fn load(file: &tokio_uring::fs::File, chunk: Chunk, pool: &Pool, block: usize) -> Result<(Chunk, DmaBuf)> {
     let buf = pool.alloc(chunk.len.next_multiple_of(block))?;
     let (done, part) = file.read_exact_at(buf.slice(..chunk.len), chunk.offset).await;
-    done.map_err(|error| format!("reading {} bytes of the file at {}: {error}", chunk.len, chunk.offset))?;
+    done.map_err(|error| match error.kind() {
+        ErrorKind::UnexpectedEof => {
+            format!("the file became shorter than {} bytes meanwhile", chunk.offset + chunk.len as u64)
+        }
+        _ => format!("reading {} bytes of the file at {}: {error}", chunk.len, chunk.offset),
+    })?;
     let mut buf = part.into_inner();
     buf[chunk.len..].fill(0);
     Ok((chunk, buf))
@@ -224,7 +229,7 @@ async fn on_device(address: &Address, source: Source) -> Result<()> {
 pub fn run(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<()> {
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
-        Err(help) if help.kind() == ErrorKind::DisplayHelp => return Ok(help.print()?),
+        Err(help) if help.kind() == error::ErrorKind::DisplayHelp => return Ok(help.print()?),
         Err(error) => {
             let text = error.to_string();
             let line = text.lines().next().unwrap_or_default();
