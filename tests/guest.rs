@@ -1,14 +1,18 @@
 //! One body of tests in every runtime: our reactor alone, and as a guest of tokio and tokio-uring.
 
+#[path = "support/pattern.rs"]
+mod pattern;
+
 use std::{
     cell::Cell,
     rc::Rc,
     time::{Duration, Instant},
 };
 
+use pattern::{fill, is_filled};
 use vfio_uring::{
     device::{Address, Device},
-    dma::{DmaBuf, HugePages, Pool},
+    dma::{HugePages, Pool},
     reactor::{Guest, Idle, Reactor, sleep, spawn, timeout, yield_now},
 };
 use vfio_uring_models::{
@@ -32,17 +36,6 @@ async fn bring_up(server: &Running) -> (Controller, Pool) {
     let nvme = Controller::new(&device, Options::default()).await.unwrap();
     let pool = Pool::new(device.dma(), 1 << 20, HugePages::No).await.unwrap();
     (nvme, pool)
-}
-
-fn fill(buf: &mut DmaBuf, seed: u64) {
-    for (i, word) in buf.as_typed_mut::<u64>().unwrap().iter_mut().enumerate() {
-        *word = (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
-fn is_filled(buf: &DmaBuf, seed: u64) -> bool {
-    let mut words = buf.as_typed::<u64>().unwrap().iter().enumerate();
-    words.all(|(i, &word)| word == (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
 /// The body: it does not know where it runs.

@@ -1,5 +1,8 @@
 //! The NVMe driver on the software controller, over vfio-user: end to end.
 
+#[path = "support/pattern.rs"]
+mod pattern;
+
 use std::{
     future::Future,
     pin::pin,
@@ -7,9 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use pattern::{fill, is_filled};
 use vfio_uring::{
     device::{Address, Device},
-    dma::{DmaBuf, HugePages, Pool},
+    dma::{HugePages, Pool},
     reactor::{Reactor, sleep, spawn, timeout, yield_now},
 };
 use vfio_uring_models::{
@@ -46,18 +50,6 @@ async fn controller_with(server: &Running, options: Options) -> Controller {
 
 async fn pool(controller: &Controller, bytes: u64) -> Pool {
     Pool::new(controller.device().dma(), bytes as usize, HugePages::No).await.unwrap()
-}
-
-/// Bytes that tell block, place and generation apart.
-fn fill(buf: &mut DmaBuf, seed: u64) {
-    for (i, word) in buf.as_typed_mut::<u64>().unwrap().iter_mut().enumerate() {
-        *word = (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
-fn is_filled(buf: &DmaBuf, seed: u64) -> bool {
-    let mut words = buf.as_typed::<u64>().unwrap().iter().enumerate();
-    words.all(|(i, &word)| word == (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
 #[test]

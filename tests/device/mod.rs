@@ -1,5 +1,8 @@
 //! The device that the tests run on, and what they have in common.
 
+#[path = "../support/pattern.rs"]
+mod pattern;
+
 use std::{
     env,
     future::Future,
@@ -7,9 +10,9 @@ use std::{
     time::Duration,
 };
 
+pub use pattern::{fill, is_filled};
 use vfio_uring::{
     device::{Address, Device},
-    dma::DmaBuf,
     reactor::{Idle, Reactor, timeout},
 };
 use vfio_uring_models::{
@@ -60,16 +63,4 @@ fn address(name: &str) -> Address {
         Ok(transport) if !name.contains("vfio-user:") => format!("{transport}:{name}").parse().unwrap(),
         _ => name.parse().unwrap(),
     }
-}
-
-/// Bytes that tell place and seed apart.
-pub fn fill(buf: &mut DmaBuf, seed: u64) {
-    for (i, word) in buf.as_typed_mut::<u64>().unwrap().iter_mut().enumerate() {
-        *word = (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
-pub fn is_filled(buf: &DmaBuf, seed: u64) -> bool {
-    let mut words = buf.as_typed::<u64>().unwrap().iter().enumerate();
-    words.all(|(i, &word)| word == (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
