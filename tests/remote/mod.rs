@@ -2,6 +2,9 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+#[path = "../support/pattern.rs"]
+mod pattern;
+
 use std::{
     pin::Pin,
     sync::mpsc,
@@ -14,6 +17,7 @@ use futures::{
     channel::oneshot,
     future::{Either, LocalBoxFuture, select},
 };
+pub use pattern::{fill, is_filled};
 use vfio_uring::{
     device::{Address, Device},
     dma::{DmaBuf, HugePages, Pool},
@@ -118,18 +122,6 @@ pub fn threads(count: u64, body: impl Fn(u64) + Send + Sync) {
             scope.spawn(move || body(i));
         }
     });
-}
-
-pub fn word(seed: u64, i: usize) -> u64 {
-    (seed << 20 | i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-}
-
-pub fn fill(buf: &mut DmaBuf, seed: u64) {
-    buf.as_typed_mut::<u64>().unwrap().iter_mut().enumerate().for_each(|(i, at)| *at = word(seed, i));
-}
-
-pub fn is_filled(buf: &DmaBuf, seed: u64) -> bool {
-    buf.as_typed::<u64>().unwrap().iter().enumerate().all(|(i, &at)| at == word(seed, i))
 }
 
 pub fn poll_once(io: &mut RemoteIo) -> Poll<(Result<()>, DmaBuf)> {
