@@ -10,28 +10,16 @@ mod mapping;
 mod spaces;
 mod user;
 
-use std::{
-    env,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+#[path = "../vfio_common/mod.rs"]
+mod common;
 
+use std::sync::MutexGuard;
+
+use common::{MSI, PAGE, Page, memory, named};
 use vfio_uring::transport::{
     cdev::{Bound, Unbound},
     iommufd::{Ioas, IommufdFd},
 };
-
-/// A page of memory that may be mapped.
-#[repr(C, align(4096))]
-struct Page([u8; PAGE as usize]);
-
-const PAGE: u64 = 4096;
-/// Interrupt messages of x86, which no memory is mapped over.
-const MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
-
-/// `pages` zeroed pages.
-fn memory(pages: u64) -> Vec<Page> {
-    (0..pages).map(|_| Page([0; PAGE as usize])).collect()
-}
 
 /// The devices, held by one test at a time.
 struct Devices {
@@ -41,12 +29,8 @@ struct Devices {
 
 /// The device that the variable names.
 fn devices_of(variable: &str) -> Option<Devices> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let Ok(bdf) = env::var(variable) else {
-        eprintln!("skipped: {variable} is not set");
-        return None;
-    };
-    Some(Devices { bdf, _turn: TURN.lock().unwrap_or_else(PoisonError::into_inner) })
+    let (bdf, _turn) = named(variable)?;
+    Some(Devices { bdf, _turn })
 }
 
 fn devices() -> Option<Devices> {

@@ -1,11 +1,8 @@
 //! An ordinary user: who may open the nodes, and how much memory it may lock.
 
-use std::{fs, os::unix::fs::chown, panic, path::PathBuf, thread};
+use std::{fs, os::unix::fs::chown, path::PathBuf};
 
-use rustix::{
-    process::{Gid, Resource, Rlimit, Uid, getrlimit, getuid, setrlimit},
-    thread::{set_thread_gid, set_thread_groups, set_thread_uid},
-};
+use rustix::process::getuid;
 use vfio_uring::{
     Error,
     dma::MapRefused,
@@ -15,27 +12,11 @@ use vfio_uring::{
     },
 };
 
-use super::{Devices, PAGE, devices, memory};
-
-const USER: u32 = 1000;
-
-/// Runs on a thread that belongs to the user: ids and capabilities are a thread's own, limits the process's.
-fn as_user<T: Send>(memlock: u64, body: impl FnOnce() -> T + Send) -> T {
-    let before = getrlimit(Resource::Memlock);
-    setrlimit(Resource::Memlock, Rlimit { current: Some(memlock), maximum: before.maximum }).unwrap();
-    let result = thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            // /dev/iommu is open to root's group.
-            set_thread_groups(&[]).unwrap();
-            set_thread_gid(Gid::from_raw(USER)).unwrap();
-            set_thread_uid(Uid::from_raw(USER)).unwrap();
-            body()
-        });
-        thread.join()
-    });
-    setrlimit(Resource::Memlock, before).unwrap();
-    result.unwrap_or_else(|panic| panic::resume_unwind(panic))
-}
+use super::{
+    Devices,
+    common::{PAGE, USER, as_user, memory},
+    devices,
+};
 
 /// Gives the nodes to the user for as long as it lives.
 struct Given([PathBuf; 2]);

@@ -12,11 +12,12 @@ mod irqs;
 mod mapping;
 mod user;
 
-use std::{
-    env, fs,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+#[path = "../vfio_common/mod.rs"]
+mod common;
 
+use std::{fs, sync::MutexGuard};
+
+use common::{MSI, PAGE, Page, memory, named};
 use vfio_uring::{
     device::index,
     transport::{
@@ -24,19 +25,6 @@ use vfio_uring::{
         vfio::{DeviceFd, RegionInfo, VfToken},
     },
 };
-
-/// A page of memory that may be mapped.
-#[repr(C, align(4096))]
-struct Page([u8; PAGE as usize]);
-
-const PAGE: u64 = 4096;
-/// Interrupt messages of x86, which no memory is mapped over.
-const MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
-
-/// `pages` zeroed pages.
-fn memory(pages: u64) -> Vec<Page> {
-    (0..pages).map(|_| Page([0; PAGE as usize])).collect()
-}
 
 /// A device, held by one test at a time.
 struct Tested {
@@ -47,12 +35,7 @@ struct Tested {
 
 /// The device that the variable names.
 fn tested(variable: &str) -> Option<Tested> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let Ok(bdf) = env::var(variable) else {
-        eprintln!("skipped: {variable} is not set");
-        return None;
-    };
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let (bdf, _turn) = named(variable)?;
     Some(Tested { group: group_of(&bdf), bdf, _turn })
 }
 

@@ -1,37 +1,18 @@
 //! An ordinary user: who may open a group, and how much memory it may lock.
 
-use std::{os::unix::fs::chown, panic, thread};
+use std::os::unix::fs::chown;
 
-use rustix::{
-    process::{Gid, Resource, Rlimit, Uid, getrlimit, getuid, setrlimit},
-    thread::{set_thread_gid, set_thread_groups, set_thread_uid},
-};
+use rustix::process::getuid;
 use vfio_uring::{
     Error,
     dma::{Access, MapRefused},
     transport::group::Container,
 };
 
-use super::{PAGE, memory, nvme};
-
-const USER: u32 = 1000;
-
-/// Runs on a thread that belongs to the user: ids and capabilities are a thread's own, limits the process's.
-fn as_user<T: Send>(memlock: u64, body: impl FnOnce() -> T + Send) -> T {
-    let before = getrlimit(Resource::Memlock);
-    setrlimit(Resource::Memlock, Rlimit { current: Some(memlock), maximum: before.maximum }).unwrap();
-    let result = thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            set_thread_groups(&[]).unwrap();
-            set_thread_gid(Gid::from_raw(USER)).unwrap();
-            set_thread_uid(Uid::from_raw(USER)).unwrap();
-            body()
-        });
-        thread.join()
-    });
-    setrlimit(Resource::Memlock, before).unwrap();
-    result.unwrap_or_else(|panic| panic::resume_unwind(panic))
-}
+use super::{
+    common::{PAGE, USER, as_user, memory},
+    nvme,
+};
 
 #[test]
 fn an_ordinary_user_needs_the_node_of_the_group() {
