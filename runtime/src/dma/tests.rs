@@ -1,3 +1,5 @@
+mod foreign;
+
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
