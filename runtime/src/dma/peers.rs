@@ -181,9 +181,9 @@ impl AddressSpace {
             return Err(Error::invalid(format!("{device}: only vfio-user devices can share an address space with it")));
         };
         let _turn = self.attaching().await;
-        // Unmapped before, it need not be mapped first.
-        self.reclaim().await;
         let _closed = peers.gate.close().await;
+        // What nobody owns any more is in nobody's way.
+        inner.reclaim_closed().await;
         if peers.is_gone() {
             return Err(peers.gone());
         }

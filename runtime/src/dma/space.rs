@@ -420,28 +420,46 @@ impl Inner {
     async fn reclaim(&self) -> usize {
         let _turn = self.reclaiming.lock().await;
         let mut confirmed = 0;
-        while !self.backend.is_gone() {
-            let Some(region) = self.retired.pop() else { return confirmed };
-            let mut unmap = Unmap { retired: &self.retired, region: Some(region.clone()) };
-            let entered = self.backend.enter().await;
-            let result = self.backend.unmap(&region).await;
-            drop(entered);
-            unmap.region = None;
-            match result {
-                Ok(()) => {
-                    region.set_pinned(false);
-                    self.release(region.iova, region.len());
-                    confirmed += 1;
-                }
-                Err(_) if self.backend.is_gone() => {}
-                Err(error) => {
-                    tracing::warn!(iova = region.iova, bytes = region.len(), %error, "a mapping is leaked: its unmap failed");
-                    self.leaked.borrow_mut().push(region);
-                }
+        // Those that come meanwhile are for the next time: it ends.
+        for _ in 0..self.retired.len() {
+            let _entered = self.backend.enter().await;
+            confirmed += usize::from(self.reclaim_one().await);
+        }
+        if self.backend.is_gone() {
+            self.retired.close();
+        }
+        confirmed
+    }
+
+    /// [`Inner::reclaim`] while the gate is closed.
+    pub(super) async fn reclaim_closed(&self) {
+        for _ in 0..self.retired.len() {
+            self.reclaim_one().await;
+        }
+    }
+
+    /// Unmaps the first of the retired mappings. Whether that was confirmed.
+    async fn reclaim_one(&self) -> bool {
+        if self.backend.is_gone() {
+            return false;
+        }
+        let Some(region) = self.retired.pop() else { return false };
+        let mut unmap = Unmap { retired: &self.retired, region: Some(region.clone()) };
+        let result = self.backend.unmap(&region).await;
+        unmap.region = None;
+        match result {
+            Ok(()) => {
+                region.set_pinned(false);
+                self.release(region.iova, region.len());
+                return true;
+            }
+            Err(_) if self.backend.is_gone() => {}
+            Err(error) => {
+                tracing::warn!(iova = region.iova, bytes = region.len(), %error, "a mapping is leaked: its unmap failed");
+                self.leaked.borrow_mut().push(region);
             }
         }
-        self.retired.close();
-        confirmed
+        false
     }
 
     /// Calls `visit` with the memory of each region that `iova..iova + len` touches, the offset in it, and the part of the request.
