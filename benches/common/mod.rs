@@ -58,7 +58,7 @@ impl InlineDevice {
     pub fn new(space: &AddressSpace, depth: usize, doorbells: &Doorbells) -> Self {
         let mapping = space.mappings().into_iter().next().expect("the queue's memory");
         Self {
-            memory: SharedMemory::map(&mapping.fd, 0, mapping.len, true).expect("a second mapping"),
+            memory: SharedMemory::map(mapping.fd.expect("memory of ours"), 0, mapping.len, true).expect("a second mapping"),
             base: mapping.iova,
             sq: Cell::new(0),
             cq: Cell::new(0),

@@ -62,7 +62,7 @@ async fn run(steps: &[Step]) {
     let space = AddressSpace::new(Backend::Null, &[IovaRange { start: 0x1000, last: u64::MAX >> 16 }], 4096, 64);
     let memory = Pool::new(&space, Parts::memory(SLOTS, 16384), HugePages::No).await.expect("memory");
     let mapping = space.mappings().remove(0);
-    let device = SharedMemory::map(&mapping.fd, 0, mapping.len, true).expect("a mapping");
+    let device = SharedMemory::map(mapping.fd.expect("memory of ours"), 0, mapping.len, true).expect("a mapping");
     let doorbells = Arc::new(SharedMemory::create("doorbells", 4096, HugePages::No).expect("a memfd").1);
     let doorbell = |offset| Posted::from(Register::<u32>::new(&doorbells, offset).expect("inside"));
     let parts = Parts {

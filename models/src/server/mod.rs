@@ -44,6 +44,8 @@ pub use self::{
     socket::Socket,
     stop::Stop,
 };
+use vfio_uring::dma::IovaRange;
+
 use crate::device::{Device, NoHost};
 
 /// A client that does not take what it is sent, or does not answer what it is asked, is waited for this long.
@@ -105,6 +107,7 @@ pub struct Server<D> {
     stats: Arc<Stats>,
     deadline: Duration,
     may_spin: bool,
+    iova_ranges: Option<Vec<IovaRange>>,
 }
 
 impl<D: Device> Server<D> {
@@ -114,12 +117,25 @@ impl<D: Device> Server<D> {
     /// When no eventfd is to be had.
     pub fn new(device: D) -> io::Result<Self> {
         let may_spin = thread::available_parallelism().is_ok_and(|cores| cores.get() > 1);
-        Ok(Self { device, stop: Stop::new()?, stats: Arc::default(), deadline: CLIENT_DEADLINE, may_spin })
+        Ok(Self {
+            device,
+            stop: Stop::new()?,
+            stats: Arc::default(),
+            deadline: CLIENT_DEADLINE,
+            may_spin,
+            iova_ranges: None,
+        })
     }
 
     /// How long a client is waited for that does not take what it is sent or answer what it is asked; 5 s otherwise.
     pub fn client_deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
+    }
+
+    /// Tells clients which I/O virtual addresses the device can use: from 1 to 64 ranges, each with a page at least. Other clients
+    /// than ours don't know of it.
+    pub fn iova_ranges(self, ranges: impl Into<Vec<IovaRange>>) -> Self {
+        Self { iova_ranges: Some(ranges.into()), ..self }
     }
 
     /// Stops the server, from any thread.
@@ -158,7 +174,10 @@ impl<D: Device> Server<D> {
     /// Serves a client until it is gone; its maps, descriptors and interrupts go with it.
     fn serve(&mut self, client: OwnedFd, lobby: &mut Lobby<'_>) -> Lost {
         let mut connection = Connection::new(client, self.stop.clone(), self.deadline);
-        let mut session = Session::new();
+        let mut session = match &self.iova_ranges {
+            Some(ranges) => Session::new().iova_ranges(ranges),
+            None => Session::new(),
+        };
         let mut idle = Idle::new(self.may_spin);
         let mut attend = 0;
         let since = Instant::now();

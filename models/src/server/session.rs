@@ -7,7 +7,7 @@ use std::{
 
 use rustix::io::Errno;
 use vfio_uring::{
-    dma::SharedMemory,
+    dma::{IovaRange, SharedMemory},
     transport::user::wire::{
         self, CAP_SPARSE_MMAP, CapHeader, Capabilities, DEFAULT_MAX_DATA_XFER, DeviceInfo, DmaMap, DmaUnmap, Header,
         IrqInfo, MAX_CONTROL_PAYLOAD, MultiWrite, RegionAccess, RegionInfo, SetIrqs, SparseArea, SparseMmap, Version,
@@ -104,12 +104,19 @@ pub struct Session {
     client_max_data: usize,
     dma: DmaTable,
     irqs: Irqs,
+    iova_ranges: Option<Vec<[u64; 2]>>,
 }
 
 impl Session {
     /// A connection on which nothing was said.
     pub fn new() -> Self {
         Self { client_max_data: MAX_DATA_XFER, ..Self::default() }
+    }
+
+    /// Tells the client, by our own extension, which addresses the device can use.
+    pub fn iova_ranges(self, ranges: &[IovaRange]) -> Self {
+        let ranges = ranges.iter().map(|range| [range.start, range.last]).collect();
+        Self { iova_ranges: Some(ranges), ..self }
     }
 
     /// Whether VERSION was accepted.
@@ -223,6 +230,7 @@ impl Session {
             pgsizes: Some(PAGE),
             write_multiple: theirs.write_multiple.filter(|&offered| offered),
             max_outstanding: theirs.max_outstanding.map(|offered| offered.clamp(1, MAX_OUTSTANDING)),
+            iova_ranges: self.iova_ranges.clone(),
         };
         // Ours is 0, so it is never above the proposed one.
         const { assert!(wire::MINOR == 0) };

@@ -55,6 +55,7 @@ fn version_settles_the_limits() {
             pgsizes: Some(4096),
             write_multiple: Some(true),
             max_outstanding: None,
+            iova_ranges: None,
         };
         assert_eq!(theirs, expected);
         client.refused(command::VERSION, &hello, &[], Errno::INVAL);

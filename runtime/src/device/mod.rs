@@ -69,7 +69,12 @@ pub struct Options {
     /// The I/O virtual addresses that memory for the device may get. By default 48 bits without the first page and the window of
     /// message-signalled interrupts at 0xfee00000. What the kernel says of its devices and IOMMU narrows them further.
     pub iova_ranges: Vec<IovaRange>,
-    /// The address space of another device of the kernel, to share: memory that is mapped there is mapped for both.
+    /// The address space of another device, to share: memory that is mapped there is mapped for both. Devices of the kernel, opened
+    /// in the same way, or vfio-user devices.
+    ///
+    /// A device joins if it can take all that is mapped already, and [`Error::Conflict`] names what is in the way; the limits of
+    /// all hold for the space as long as their devices are open. Memory that a device was given is out of its hands only when the
+    /// device is stopped (a driver's shutdown, a reset): a buffer that one has not given back must not go to another.
     pub space: Option<AddressSpace>,
     /// The token of a virtual function whose physical function has set one.
     pub vf_token: Option<VfToken>,

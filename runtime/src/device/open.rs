@@ -8,10 +8,10 @@ use std::{
 
 use blocking::unblock;
 
-use super::{DeviceInfo, FLAG_PCI, FLAG_RESET, IrqInfo, Options, region::RegionState};
+use super::{Address, DeviceInfo, FLAG_PCI, FLAG_RESET, IrqInfo, Options, region::RegionState};
 use crate::{
     Error, Result,
-    dma::{AddressSpace, Backend, IovaRange, overlaps},
+    dma::{AddressSpace, Backend, IovaRange, Peers, overlaps, peers::Membership},
     pci::{Bdf, sysfs::Pci},
     reactor,
     transport::{
@@ -51,9 +51,6 @@ pub(super) enum Way {
 
 /// Opens the device behind a vfio-user server.
 pub(super) async fn user(path: &Path, options: &Options) -> Result<Opened> {
-    if options.space.is_some() {
-        return Err(Error::Unsupported { what: "an address space that vfio-user devices share: each has its own".into() });
-    }
     let connection = Connection::connect(path, options.deadline, options.max_outstanding).await?;
     let info = connection.device_info().await?;
     let mut regions = Vec::new();
@@ -66,12 +63,23 @@ pub(super) async fn user(path: &Path, options: &Options) -> Result<Opened> {
     for index in 0..info.irqs {
         irqs.push(known(connection.irq_info(index).await)?);
     }
-    let limits = connection.limits();
-    let backend = Backend::User(connection.clone());
-    let dma = AddressSpace::new(backend, &options.iova_ranges, limits.page_size, limits.max_dma_maps);
-    connection.serve(&dma);
-    reactor::spawn(dma.reclaimer());
-    Ok(Opened { regions, transport: Transport::User(connection), seat: None, dma, info: info.into(), irqs })
+    let name = || Address::User(path.into()).to_string();
+    let (dma, member) = match &options.space {
+        Some(space) => (space.clone(), space.join(&name(), &connection).await?),
+        None => {
+            let limits = connection.limits();
+            let backend = Backend::User(Rc::new(Peers::new(connection.clone())));
+            let dma = AddressSpace::new(backend, &options.iova_ranges, limits.page_size, limits.max_dma_maps);
+            if let Some(usable) = &limits.iova_ranges {
+                dma.install(usable).expect("nothing is mapped yet");
+            }
+            connection.serve(&dma);
+            reactor::spawn(dma.reclaimer());
+            (dma.clone(), Membership::first(&dma))
+        }
+    };
+    let seat = Some(Seat::User(member));
+    Ok(Opened { regions, transport: Transport::User(connection), seat, dma, info: info.into(), irqs })
 }
 
 /// What a server refuses to describe, the device does not have.
@@ -140,7 +148,7 @@ pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Open
     let opened = Opened {
         regions,
         transport,
-        seat: Some(Seat { place: Some(place), space: dma.clone() }),
+        seat: Some(Seat::Kernel(KernelSeat { place: Some(place), space: dma.clone() })),
         dma,
         info: info.into(),
         irqs,
@@ -210,12 +218,18 @@ impl Place {
 }
 
 /// Gives a place up after its device is closed, and lets those that stay have what it kept from them.
-pub(super) struct Seat {
+#[expect(dead_code, reason = "they are there to be dropped")]
+pub(super) enum Seat {
+    Kernel(KernelSeat),
+    User(Membership),
+}
+
+pub(super) struct KernelSeat {
     place: Option<Place>,
     space: AddressSpace,
 }
 
-impl Drop for Seat {
+impl Drop for KernelSeat {
     fn drop(&mut self) {
         let usable = self.place.take().and_then(Place::leave);
         // Ranges only grow here. A space that can't be told keeps the narrower ones.

@@ -1,21 +1,25 @@
 //! Who is told of mappings: a vfio-user server, or the kernel.
 
-use std::{rc::Rc, sync::Arc};
+use std::{io, rc::Rc, sync::Arc};
 
 use blocking::unblock;
 
-use super::{Access, mapping::Region};
+use super::{
+    Access, MapRefused, Peers,
+    gate::Inside,
+    mapping::{Backing, Region},
+};
 use crate::{
-    Result,
-    transport::{group::Container, iommufd::Ioas, user::client::Connection},
+    Error, Result,
+    transport::{group::Container, iommufd::Ioas},
 };
 
 /// Who is told of mappings.
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum Backend {
-    /// A vfio-user server: it gets the memfd of each mapping.
-    User(Rc<Connection>),
+    /// Vfio-user servers: they get the memfd of each mapping.
+    User(Rc<Peers>),
     /// The kernel's type 1 IOMMU, for all groups of a container.
     Container(Container),
     /// The kernel's iommufd, for all devices that are attached to an I/O address space.
@@ -32,18 +36,60 @@ pub enum Backend {
     Script(Rc<super::tests::Script>),
 }
 
+/// Why a mapping was not made.
+pub(super) struct NotMapped {
+    pub(super) error: Error,
+    /// Whether no device has it: else one may.
+    pub(super) absent: bool,
+}
+
+impl Error {
+    /// Whether a device said no to a mapping, or was never asked.
+    pub(super) fn is_refusal(&self) -> bool {
+        match self {
+            // Something else is there, it says: other addresses may do.
+            Self::Refused { source, .. } => source.kind() != io::ErrorKind::AlreadyExists,
+            Self::Unsupported { .. } | Self::Invalid { .. } | Self::Exhausted { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 impl Backend {
+    /// Waits while a device joins; mappings are made and unmade within this.
+    pub(super) async fn enter(&self) -> Option<Inside<'_>> {
+        match self {
+            Self::User(peers) => Some(peers.gate.enter().await),
+            _ => None,
+        }
+    }
+
+    pub(super) async fn map(&self, region: &Arc<Region>) -> Result<(), NotMapped> {
+        if let Self::User(peers) = self {
+            return peers.map(region).await;
+        }
+        self.map_alone(region).await.map_err(|error| {
+            let absent = match &error {
+                Error::Map { reason: MapRefused::Overlap, .. } => false,
+                // What the kernel refuses it has not mapped.
+                Error::Map { .. } | Error::Io { .. } => self.is_kernel(),
+                error => error.is_refusal(),
+            };
+            NotMapped { error, absent }
+        })
+    }
+
     /// The kernel pins every page of a mapping, and may have to wait for that: its calls run on a thread of their own, which holds the
     /// memory until they have returned.
-    pub(super) async fn map(&self, region: &Arc<Region>) -> Result<()> {
+    async fn map_alone(&self, region: &Arc<Region>) -> Result<()> {
         match self {
-            Self::User(connection) => connection.dma_map(region.iova, region.len(), &region.fd, 0).await,
             Self::Container(container) => {
                 let (container, region) = (container.clone(), region.clone());
                 unblock(move || {
                     let address = region.memory.as_ptr().as_ptr();
                     // SAFETY: the memory is shared memory, which nothing relies on. It is given back after the unmap; when that can't
                     // be had, what is given back are the addresses in this process, and the kernel keeps the pages that it has pinned.
+                    // Memory of the caller is not given back then.
                     unsafe { container.map(address, region.len(), region.iova, Access::ReadWrite) }
                 })
                 .await
@@ -51,8 +97,10 @@ impl Backend {
             Self::Ioas(ioas) => {
                 let (ioas, region) = (ioas.clone(), region.clone());
                 unblock(move || {
-                    if ioas.context().maps_files() {
-                        return ioas.map_file(&region.fd, 0, region.len(), region.iova, Access::ReadWrite);
+                    if let Backing::Memfd(fd) = &region.backing
+                        && ioas.context().maps_files()
+                    {
+                        return ioas.map_file(fd, 0, region.len(), region.iova, Access::ReadWrite);
                     }
                     let address = region.memory.as_ptr().as_ptr();
                     // SAFETY: as above.
@@ -60,7 +108,7 @@ impl Backend {
                 })
                 .await
             }
-            Self::Null => Ok(()),
+            Self::User(_) | Self::Null => Ok(()),
             #[cfg(test)]
             Self::Script(script) => script.map(region.iova).await,
         }
@@ -68,7 +116,7 @@ impl Backend {
 
     pub(super) async fn unmap(&self, region: &Arc<Region>) -> Result<()> {
         match self {
-            Self::User(connection) => connection.dma_unmap(region.iova, region.len()).await,
+            Self::User(peers) => peers.unmap(region).await,
             Self::Container(container) => {
                 let (container, region) = (container.clone(), region.clone());
                 unblock(move || container.unmap(region.iova, region.len())).await.map(drop)
@@ -83,17 +131,41 @@ impl Backend {
         }
     }
 
+    /// Unmaps memory of the caller when the space is gone, and frees it.
+    pub(super) fn unmap_detached(&self, region: Arc<Region>) {
+        match self.clone() {
+            Self::Container(container) => unblock(move || {
+                if container.unmap(region.iova, region.len()).is_ok() {
+                    region.set_pinned(false);
+                }
+            })
+            .detach(),
+            Self::Ioas(ioas) => unblock(move || {
+                if ioas.unmap(region.iova, region.len()).is_ok() {
+                    region.set_pinned(false);
+                }
+            })
+            .detach(),
+            _ => {}
+        }
+    }
+
     pub(super) fn is_gone(&self) -> bool {
         match self {
-            Self::User(connection) => connection.is_gone(),
+            Self::User(peers) => peers.is_gone(),
             Self::Container(_) | Self::Ioas(_) | Self::Null => false,
             #[cfg(test)]
             Self::Script(script) => script.is_gone(),
         }
     }
 
-    /// Whether an error tells that nothing is mapped.
+    /// Whether an error tells that nothing is mapped, and memory that is mapped is pinned.
     pub(super) fn is_kernel(&self) -> bool {
-        matches!(self, Self::Container(_) | Self::Ioas(_))
+        match self {
+            Self::Container(_) | Self::Ioas(_) => true,
+            Self::User(_) | Self::Null => false,
+            #[cfg(test)]
+            Self::Script(script) => script.is_kernel(),
+        }
     }
 }

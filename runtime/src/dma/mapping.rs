@@ -3,39 +3,79 @@
 use std::{
     collections::VecDeque,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
 };
 
 use futures::task::AtomicWaker;
 
-use super::SharedMemory;
+use super::{SharedMemory, foreign::Keeper};
 use crate::Result;
 
 /// Memory and its place in the device's address space.
 #[derive(Debug)]
 pub(super) struct Region {
     pub(super) memory: SharedMemory,
-    pub(super) fd: Arc<OwnedFd>,
     pub(super) iova: u64,
+    pub(super) backing: Backing,
     view: OnceLock<SharedMemory>,
+    /// Of the devices of a shared space, those that have it.
+    holders: Mutex<Vec<u64>>,
+    owned: AtomicBool,
+}
+
+/// What is behind the memory of a region.
+#[derive(Debug)]
+pub(super) enum Backing {
+    /// A memfd of ours, from its start.
+    Memfd(Arc<OwnedFd>),
+    /// Memory of the caller.
+    Foreign(Keeper),
 }
 
 impl Region {
-    pub(super) fn new(memory: SharedMemory, fd: OwnedFd, iova: u64) -> Self {
-        Self { memory, fd: Arc::new(fd), iova, view: OnceLock::new() }
+    pub(super) fn new(memory: SharedMemory, backing: Backing, iova: u64) -> Self {
+        let (view, holders, owned) = (OnceLock::new(), Mutex::default(), AtomicBool::new(true));
+        Self { memory, iova, backing, view, holders, owned }
     }
 
     /// The memory as the device sees it: mapped once more, at first use. A pool lends slices of its own mapping, and nothing in
-    /// this program may write behind those at the same addresses.
+    /// this program may write behind those at the same addresses. No slices of memory of the caller are lent.
     pub(super) fn view(&self) -> Result<&SharedMemory> {
+        let Backing::Memfd(fd) = &self.backing else { return Ok(&self.memory) };
         match self.view.get() {
             Some(view) => Ok(view),
             None => {
-                let view = SharedMemory::map(&self.fd, 0, self.memory.len(), true)?;
+                let view = SharedMemory::map(fd, 0, self.memory.len(), true)?;
                 Ok(self.view.get_or_init(|| view))
             }
         }
+    }
+
+    pub(super) fn fd(&self) -> Option<&Arc<OwnedFd>> {
+        match &self.backing {
+            Backing::Memfd(fd) => Some(fd),
+            Backing::Foreign(_) => None,
+        }
+    }
+
+    /// The kernel may have the pages from now on, or has given them back.
+    pub(super) fn set_pinned(&self, pinned: bool) {
+        if let Backing::Foreign(keeper) = &self.backing {
+            keeper.set_pinned(pinned);
+        }
+    }
+
+    /// Whether its mapping has an owner: else it waits for its unmap.
+    pub(super) fn is_owned(&self) -> bool {
+        self.owned.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn holders(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -43,7 +83,8 @@ impl Region {
     }
 }
 
-/// Memory of ours that the device may read and write, made by [`AddressSpace::map`](super::AddressSpace::map).
+/// Memory that the device may read and write, made by [`AddressSpace::map`](super::AddressSpace::map), or the caller's by
+/// [`AddressSpace::map_pages`](super::AddressSpace::map_pages).
 ///
 /// When the last `Arc` is dropped, on whatever thread, the mapping is *retired*: its memory and addresses stay until the
 /// address space has had the unmap confirmed.
@@ -64,9 +105,10 @@ impl Mapping {
         &self.region.memory
     }
 
-    /// The memfd behind the memory: mapped from its start. A software device in this process maps it for itself.
-    pub fn fd(&self) -> &Arc<OwnedFd> {
-        &self.region.fd
+    /// The memfd behind the memory: mapped from its start. A software device in this process maps it for itself. `None`: memory of
+    /// the caller.
+    pub fn fd(&self) -> Option<&Arc<OwnedFd>> {
+        self.region.fd()
     }
 
     /// Where the device sees the memory.
@@ -92,6 +134,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.region.owned.store(false, Ordering::Relaxed);
         self.retired.push(self.region.clone());
     }
 }
@@ -146,6 +189,9 @@ impl Retired {
     /// That is safe without proof: what we unmap is our own view of a memfd. Its pages live for as long as the peer maps them
     /// and are never given to anyone else, so a late write of the peer reaches nothing of ours. Their addresses are not handed
     /// out again.
+    ///
+    /// Of the caller's memory a vfio-user server had nothing, only answers to its messages. The kernel has its pages: there the
+    /// memory does not go, see [`Keeper`].
     pub(super) fn close(&self) {
         let regions = {
             let mut queue = self.lock();

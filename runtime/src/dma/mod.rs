@@ -10,6 +10,9 @@
 //! does on completion; a mapping's addresses are used again only after the device has confirmed the unmap. What can't be proven
 //! is leaked, and counted.
 //!
+//! Memory of the caller's is mapped by [`AddressSpace::map_pages`]; several devices share a space by
+//! [`Options::space`](crate::device::Options::space).
+//!
 //! ```
 //! # futures::executor::block_on(async {
 //! use vfio_uring::dma::{AddressSpace, Backend, HugePages, IovaRange, Pool};
@@ -31,27 +34,34 @@ mod backend;
 pub mod buf;
 mod bytes;
 pub mod conflict;
+pub mod foreign;
+mod gate;
 #[cfg(feature = "tokio-uring")]
 mod iobuf;
 pub mod iova;
 pub mod mapping;
+pub mod peers;
 pub mod pool;
 pub mod refused;
 pub mod ring;
 pub mod shared;
 pub mod space;
+pub mod stats;
 
 pub use access::Access;
 pub use backend::Backend;
 pub use buf::DmaBuf;
 pub use conflict::{conflicts, overlaps};
+pub use foreign::Page;
 pub use iova::{IovaAllocator, IovaRange};
 pub use mapping::Mapping;
+pub use peers::Peers;
 pub use pool::{Pool, PoolStats};
 pub use refused::MapRefused;
 pub use ring::{DmaRing, DmaShared};
 pub use shared::{AccessError, HugePages, OutOfBounds, SharedMemory};
-pub use space::{AddressSpace, MappingInfo, SpaceStats, WeakAddressSpace};
+pub use space::{AddressSpace, WeakAddressSpace};
+pub use stats::{MappingInfo, SpaceStats};
 
 #[cfg(test)]
 mod tests;

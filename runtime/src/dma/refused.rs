@@ -98,7 +98,7 @@ impl fmt::Display for MapRefused {
             ),
             Self::BadAddress => f.write_str(
                 "not all of this memory is mapped in the process, writable where the device is to write, and of a kind that \
-                 can be pinned",
+                 can be pinned; a device's BAR is not for iommufd, only for type 1: to map one, open the devices by their groups",
             ),
             Self::Misaligned { granule } => {
                 write!(f, "memory, IOVA and length must be multiples of {granule} bytes, and the length not 0")

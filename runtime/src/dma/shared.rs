@@ -52,7 +52,8 @@ pub struct SharedMemory {
     writable: bool,
     // Before the mapping, so that it ends before it.
     guard: Guard,
-    _mapping: Unmap,
+    /// `None`: it is somebody else's.
+    _mapping: Option<Unmap>,
 }
 
 /// Unmaps when dropped.
@@ -176,7 +177,16 @@ impl SharedMemory {
         let _ = unsafe { mm::madvise(ptr, len, mm::Advice::LinuxDontFork) };
         let ptr = NonNull::new(ptr.cast()).expect("mmap never gives null");
         let mapping = Unmap(ptr, len);
-        Ok(Self { ptr, len, writable, guard: Guard::new(ptr.as_ptr() as usize, len)?, _mapping: mapping })
+        Ok(Self { ptr, len, writable, guard: Guard::new(ptr.as_ptr() as usize, len)?, _mapping: Some(mapping) })
+    }
+
+    /// Memory of somebody else, who keeps it.
+    ///
+    /// # Safety
+    /// The `len` bytes at `ptr` stay valid for reads and writes by any thread, for as long as the value exists; while it does, no
+    /// reference to them is used.
+    pub(super) unsafe fn borrowed(ptr: NonNull<u8>, len: usize) -> Result<Self> {
+        Ok(Self { ptr, len, writable: true, guard: Guard::new(ptr.as_ptr() as usize, len)?, _mapping: None })
     }
 
     /// Bytes of the mapping.

@@ -5,9 +5,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     future::{Future, poll_fn},
-    io,
     ops::Range,
-    os::fd::OwnedFd,
     rc::{Rc, Weak as RcWeak},
     sync::{
         Arc, Weak,
@@ -20,7 +18,9 @@ use futures::lock::{Mutex, MutexGuard};
 use super::{
     Backend, HugePages, IovaAllocator, IovaRange, MapRefused, Mapping, SharedMemory,
     conflict::intersection,
-    mapping::{Region, Retired},
+    foreign::Forgotten,
+    mapping::{Backing, Region, Retired},
+    stats::{MappingInfo, SpaceStats},
 };
 use crate::{Error, Result};
 
@@ -38,39 +38,11 @@ pub struct WeakAddressSpace {
     inner: RcWeak<Inner>,
 }
 
-/// What an address space holds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SpaceStats {
-    /// Mappings that the device has, or may have: each counts against the limit.
-    pub mappings: usize,
-    /// Mappings without an owner whose unmap is still to be confirmed.
-    pub retired: usize,
-    /// Mappings whose unmap failed: their memory and addresses are kept as long as the space.
-    pub leaked: usize,
-    /// Bytes of those.
-    pub leaked_bytes: u64,
-    /// Attempts to map of which nobody knows whether they succeeded: their addresses are kept as long as the space.
-    pub quarantined: usize,
-    /// Bytes of address space of those.
-    pub quarantined_bytes: u64,
-}
-
-/// A mapping as a device in the same process needs it.
-#[derive(Debug, Clone)]
-pub struct MappingInfo {
-    /// Where the device sees it.
-    pub iova: u64,
-    /// Bytes.
-    pub len: usize,
-    /// The memory, from the file's start.
-    pub fd: Arc<OwnedFd>,
-}
-
-struct Inner {
+pub(super) struct Inner {
     id: u64,
-    granule: u64,
-    max_mappings: usize,
-    backend: Backend,
+    granule: Cell<u64>,
+    max_mappings: Cell<usize>,
+    pub(super) backend: Backend,
     /// The addresses that the caller allows, whatever the devices do.
     wanted: Vec<IovaRange>,
     /// Those of them that the devices allow, too.
@@ -80,6 +52,7 @@ struct Inner {
     mapped: RefCell<BTreeMap<u64, Weak<Region>>>,
     leaked: RefCell<Vec<Arc<Region>>>,
     quarantined: Cell<(usize, u64)>,
+    forgotten: Arc<Forgotten>,
     retired: Arc<Retired>,
     /// Held while a device joins.
     attaching: Mutex<()>,
@@ -101,6 +74,14 @@ impl fmt::Debug for AddressSpace {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if self.backend.is_kernel() {
+            // Memory of the caller is freed only against proof, and there is nobody to wait for it.
+            while let Some(region) = self.retired.pop() {
+                if region.fd().is_none() {
+                    self.backend.unmap_detached(region);
+                }
+            }
+        }
         self.retired.close();
     }
 }
@@ -112,8 +93,8 @@ impl AddressSpace {
         let iova = IovaAllocator::new(ranges, granule);
         let inner = Inner {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            granule: iova.granule(),
-            max_mappings,
+            granule: Cell::new(iova.granule()),
+            max_mappings: Cell::new(max_mappings),
             backend,
             wanted: ranges.to_vec(),
             allowed: RefCell::new(ranges.to_vec()),
@@ -121,6 +102,7 @@ impl AddressSpace {
             mapped: RefCell::default(),
             leaked: RefCell::default(),
             quarantined: Cell::default(),
+            forgotten: Arc::default(),
             retired: Arc::default(),
             attaching: Mutex::default(),
             reclaiming: Mutex::default(),
@@ -135,7 +117,15 @@ impl AddressSpace {
 
     /// Unit of mappings, in bytes.
     pub fn granule(&self) -> u64 {
-        self.inner.granule
+        self.inner.granule.get()
+    }
+
+    pub(super) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
+    pub(super) fn forgotten(&self) -> &Arc<Forgotten> {
+        &self.inner.forgotten
     }
 
     /// A handle that does not keep the space.
@@ -153,15 +143,35 @@ impl AddressSpace {
     /// [`Error::Exhausted`] when the device takes no more mappings, or the addresses or hugepages run out; the backend's error
     /// when the device refuses.
     pub async fn map(&self, len: usize, huge: HugePages) -> Result<Arc<Mapping>> {
-        let (bytes, unit) = self.inner.size(len, huge)?;
-        let iova = match self.inner.reserve(bytes, unit) {
-            Err(_) => {
-                self.inner.reclaim().await;
-                self.inner.reserve(bytes, unit)?
-            }
-            Ok(iova) => iova,
+        self.map_somewhere(len, huge, |iova, bytes| ours(iova, bytes, huge)).await
+    }
+
+    /// Maps the region that `make` makes, given its place and its length.
+    pub(super) async fn map_somewhere(
+        &self,
+        len: usize,
+        huge: HugePages,
+        make: impl FnOnce(u64, usize) -> Result<Region>,
+    ) -> Result<Arc<Mapping>> {
+        let inner = &*self.inner;
+        let reserve = || {
+            let (bytes, unit) = inner.size(len, huge)?;
+            Ok::<_, Error>((inner.reserve(bytes, unit)?, bytes))
         };
-        self.map_reserved(iova, bytes, huge).await
+        let mut entered = inner.backend.enter().await;
+        let reserved = match reserve() {
+            Err(Error::Exhausted { .. }) => {
+                drop(entered.take());
+                inner.reclaim().await;
+                entered = inner.backend.enter().await;
+                reserve()
+            }
+            reserved => reserved,
+        };
+        let (iova, bytes) = reserved?;
+        let mapping = self.map_reserved(iova, bytes, make).await;
+        drop(entered);
+        mapping
     }
 
     /// [`AddressSpace::map`] at addresses of the caller's choice.
@@ -170,36 +180,38 @@ impl AddressSpace {
     /// [`Error::Map`] with the reason, where something is mapped there, or the devices can't use all of the addresses; else as for
     /// [`AddressSpace::map`].
     pub async fn map_at(&self, iova: u64, len: usize, huge: HugePages) -> Result<Arc<Mapping>> {
-        let (bytes, _) = self.inner.size(len, huge)?;
         // Addresses whose unmap is not confirmed yet are in use.
         self.inner.reclaim().await;
+        let _entered = self.inner.backend.enter().await;
+        let (bytes, _) = self.inner.size(len, huge)?;
         self.inner.reserve_at(iova, bytes)?;
-        self.map_reserved(iova, bytes, huge).await
+        self.map_reserved(iova, bytes, |iova, bytes| ours(iova, bytes, huge)).await
     }
 
-    async fn map_reserved(&self, iova: u64, bytes: u64, huge: HugePages) -> Result<Arc<Mapping>> {
+    async fn map_reserved(
+        &self,
+        iova: u64,
+        bytes: u64,
+        make: impl FnOnce(u64, usize) -> Result<Region>,
+    ) -> Result<Arc<Mapping>> {
         let inner = &*self.inner;
         let mut attempt = Attempt { inner, iova, bytes, outcome: Outcome::Absent };
-        let (fd, memory) = SharedMemory::create("vfio-uring-dma", bytes as usize, huge)?;
-        let region = Arc::new(Region::new(memory, fd, iova));
+        let region = Arc::new(make(iova, bytes as usize)?);
         // The device may use the memory before its reply arrives here.
         inner.mapped.borrow_mut().insert(iova, Arc::downgrade(&region));
         attempt.outcome = Outcome::Unknown;
+        region.set_pinned(inner.backend.is_kernel());
         let result = inner.backend.map(&region).await;
         attempt.outcome = match &result {
             Ok(()) => Outcome::Mapped,
-            // Something else is there, it says: other addresses may do.
-            Err(Error::Refused { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => Outcome::Unknown,
-            Err(Error::Map { reason: MapRefused::Overlap, .. }) => Outcome::Unknown,
-            // The device said no, or was never asked. What the kernel refuses it has not mapped.
-            Err(Error::Refused { .. } | Error::Unsupported { .. } | Error::Invalid { .. } | Error::Exhausted { .. }) => {
+            Err(failed) if failed.absent => {
+                region.set_pinned(false);
                 Outcome::Absent
             }
-            Err(Error::Map { .. } | Error::Io { .. }) if inner.backend.is_kernel() => Outcome::Absent,
             Err(_) => Outcome::Unknown,
         };
         drop(attempt);
-        result?;
+        result.map_err(|failed| failed.error)?;
         Ok(Arc::new(Mapping::new(region, inner.retired.clone(), inner.id)))
     }
 
@@ -229,10 +241,7 @@ impl AddressSpace {
     /// # Errors
     /// The mapping that does not, and the hole that it lies in: the space goes on as it was then.
     pub(crate) fn install(&self, usable: &[IovaRange]) -> Result<(), (IovaRange, IovaRange)> {
-        let allowed = intersection(&self.inner.wanted, usable);
-        self.inner.iova.borrow_mut().set_ranges(&allowed)?;
-        self.inner.allowed.replace(allowed);
-        Ok(())
+        self.inner.install(usable)
     }
 
     /// Unmaps the retired mappings at the device, and frees their memory and addresses as each is confirmed. How many were.
@@ -266,10 +275,14 @@ impl AddressSpace {
         }
     }
 
-    /// Says that the connection is gone: retired mappings, now and later, are freed without an unmap, the reclaimer ends.
-    /// Their addresses are not used again.
+    /// Says that a connection is gone. Where other devices share the space, they go on, free of what that one could not do. After
+    /// the last one, retired mappings, now and later, are freed without an unmap, and the reclaimer ends. Their addresses are not
+    /// used again.
     pub fn disconnected(&self) {
-        self.inner.retired.close();
+        match &self.inner.backend {
+            Backend::User(peers) if !peers.is_gone() => self.relax(peers),
+            _ => self.inner.retired.close(),
+        }
     }
 
     /// Copies `to.len()` bytes at `iova` out of the mapped memory, as the device would: for a request of the peer. Mappings that
@@ -293,9 +306,9 @@ impl AddressSpace {
 
     /// What the device has mapped at present, by address: for a device in the same process ([`Backend::Null`]).
     pub fn mappings(&self) -> Vec<MappingInfo> {
-        let mapped = self.inner.mapped.borrow();
-        let regions = mapped.values().filter_map(Weak::upgrade);
-        regions.map(|region| MappingInfo { iova: region.iova, len: region.memory.len(), fd: region.fd.clone() }).collect()
+        let info =
+            |region: Arc<Region>| MappingInfo { iova: region.iova, len: region.memory.len(), fd: region.fd().cloned() };
+        self.inner.regions().into_iter().map(info).collect()
     }
 
     /// What the space holds at present.
@@ -309,6 +322,8 @@ impl AddressSpace {
             leaked_bytes: leaked.iter().map(|region| region.len()).sum(),
             quarantined,
             quarantined_bytes,
+            forgotten: self.inner.forgotten.mappings.load(Ordering::Relaxed),
+            forgotten_bytes: self.inner.forgotten.bytes.load(Ordering::Relaxed),
         }
     }
 }
@@ -320,23 +335,47 @@ impl WeakAddressSpace {
     }
 }
 
+/// Zeroed memory of ours.
+fn ours(iova: u64, bytes: usize, huge: HugePages) -> Result<Region> {
+    let (fd, memory) = SharedMemory::create("vfio-uring-dma", bytes, huge)?;
+    Ok(Region::new(memory, Backing::Memfd(Arc::new(fd)), iova))
+}
+
 impl Inner {
+    /// What is mapped, by address.
+    pub(super) fn regions(&self) -> Vec<Arc<Region>> {
+        self.mapped.borrow().values().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(super) fn install(&self, usable: &[IovaRange]) -> Result<(), (IovaRange, IovaRange)> {
+        let allowed = intersection(&self.wanted, usable);
+        self.iova.borrow_mut().set_ranges(&allowed)?;
+        self.allowed.replace(allowed);
+        Ok(())
+    }
+
+    /// The unit of mappings from now on, and how many there may be.
+    pub(super) fn set_limits(&self, granule: u64, max_mappings: usize) {
+        self.granule.set(granule.max(self.iova.borrow().granule()));
+        self.max_mappings.set(max_mappings);
+    }
+
     /// Bytes of a mapping of `len` bytes, and what they are a multiple of.
     fn size(&self, len: usize, huge: HugePages) -> Result<(u64, u64)> {
-        let unit = (huge.page_size() as u64).max(self.granule);
+        let unit = (huge.page_size() as u64).max(self.granule.get());
         let bytes = (len as u64).checked_next_multiple_of(unit).filter(|&bytes| (1..=isize::MAX as u64).contains(&bytes));
         let bytes = bytes.ok_or_else(|| Error::invalid(format!("{len} bytes can't be mapped: from 1 to {}", isize::MAX)))?;
         Ok((bytes, unit))
     }
 
     fn check_budget(&self, bytes: u64) -> Result<()> {
-        if self.mapped.borrow().len() < self.max_mappings {
+        if self.mapped.borrow().len() < self.max_mappings.get() {
             return Ok(());
         }
         Err(Error::Exhausted {
             what: format!(
                 "no DMA mapping of {bytes} bytes: all {} that the device allows are in use; map fewer and larger pools",
-                self.max_mappings
+                self.max_mappings.get()
             ),
         })
     }
@@ -344,7 +383,11 @@ impl Inner {
     /// Takes a place among the mappings, and the addresses from `iova` on.
     fn reserve_at(&self, iova: u64, bytes: u64) -> Result<()> {
         self.check_budget(bytes)?;
-        let taken = self.iova.borrow_mut().alloc_at(iova, bytes, &self.allowed.borrow());
+        let granule = self.granule.get();
+        let taken = match iova.is_multiple_of(granule) {
+            true => self.iova.borrow_mut().alloc_at(iova, bytes, &self.allowed.borrow()),
+            false => Err(MapRefused::Misaligned { granule }),
+        };
         taken.map_err(|reason| Error::Map { iova, len: bytes, reason })?;
         self.mapped.borrow_mut().insert(iova, Weak::new());
         Ok(())
@@ -377,25 +420,46 @@ impl Inner {
     async fn reclaim(&self) -> usize {
         let _turn = self.reclaiming.lock().await;
         let mut confirmed = 0;
-        while !self.backend.is_gone() {
-            let Some(region) = self.retired.pop() else { return confirmed };
-            let mut unmap = Unmap { retired: &self.retired, region: Some(region.clone()) };
-            let result = self.backend.unmap(&region).await;
-            unmap.region = None;
-            match result {
-                Ok(()) => {
-                    self.release(region.iova, region.len());
-                    confirmed += 1;
-                }
-                Err(_) if self.backend.is_gone() => {}
-                Err(error) => {
-                    tracing::warn!(iova = region.iova, bytes = region.len(), %error, "a mapping is leaked: its unmap failed");
-                    self.leaked.borrow_mut().push(region);
-                }
+        // Those that come meanwhile are for the next time: it ends.
+        for _ in 0..self.retired.len() {
+            let _entered = self.backend.enter().await;
+            confirmed += usize::from(self.reclaim_one().await);
+        }
+        if self.backend.is_gone() {
+            self.retired.close();
+        }
+        confirmed
+    }
+
+    /// [`Inner::reclaim`] while the gate is closed.
+    pub(super) async fn reclaim_closed(&self) {
+        for _ in 0..self.retired.len() {
+            self.reclaim_one().await;
+        }
+    }
+
+    /// Unmaps the first of the retired mappings. Whether that was confirmed.
+    async fn reclaim_one(&self) -> bool {
+        if self.backend.is_gone() {
+            return false;
+        }
+        let Some(region) = self.retired.pop() else { return false };
+        let mut unmap = Unmap { retired: &self.retired, region: Some(region.clone()) };
+        let result = self.backend.unmap(&region).await;
+        unmap.region = None;
+        match result {
+            Ok(()) => {
+                region.set_pinned(false);
+                self.release(region.iova, region.len());
+                return true;
+            }
+            Err(_) if self.backend.is_gone() => {}
+            Err(error) => {
+                tracing::warn!(iova = region.iova, bytes = region.len(), %error, "a mapping is leaked: its unmap failed");
+                self.leaked.borrow_mut().push(region);
             }
         }
-        self.retired.close();
-        confirmed
+        false
     }
 
     /// Calls `visit` with the memory of each region that `iova..iova + len` touches, the offset in it, and the part of the request.

@@ -1,3 +1,5 @@
+mod foreign;
+
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
@@ -23,6 +25,7 @@ pub struct Script {
     log: RefCell<Vec<String>>,
     answers: RefCell<VecDeque<Answer>>,
     gone: Cell<bool>,
+    kernel: Cell<bool>,
 }
 
 enum Answer {
@@ -43,6 +46,10 @@ impl Script {
 
     pub fn is_gone(&self) -> bool {
         self.gone.get()
+    }
+
+    pub fn is_kernel(&self) -> bool {
+        self.kernel.get()
     }
 
     /// Takes effect on the next message; messages without an answer succeed.
@@ -339,7 +346,7 @@ fn a_device_of_the_same_process_sees_the_buffers() {
     let pool = block_on(Pool::new(&space, 4 * PAGE as usize, HugePages::No)).unwrap();
     let mut buf = pool.alloc(100).unwrap();
     let [info] = &space.mappings()[..] else { panic!("one mapping") };
-    let device = SharedMemory::map(&info.fd, 0, info.len, true).unwrap();
+    let device = SharedMemory::map(info.fd.as_ref().unwrap(), 0, info.len, true).unwrap();
     buf[..5].copy_from_slice(b"hello");
     assert_eq!(device.read_obj(buf.iova() - info.iova), Ok(*b"hello"));
     let ring = DmaRing::<[u64; 2]>::new(pool.alloc(64).unwrap().into_shared()).unwrap();

@@ -331,6 +331,7 @@ fn open_with_reply(number: u16, payload: Vec<u8>) -> Error {
 #[test]
 fn versions_and_limits_that_make_no_sense() {
     let json = |capabilities: Capabilities| wire::version_payload(Version::default(), &capabilities);
+    let ranges = |ranges: &[[u64; 2]]| json(Capabilities { iova_ranges: Some(ranges.into()), ..Default::default() });
     let raw = |text: &str| [&[0; 4], text.as_bytes(), &[0]].concat();
     for (payload, part) in [
         (vec![1, 0, 0, 0], "version 1.0"),
@@ -344,6 +345,12 @@ fn versions_and_limits_that_make_no_sense() {
         (json(Capabilities { max_data_xfer_size: Some(0), ..Default::default() }), "max_data_xfer_size 0"),
         (json(Capabilities { pgsizes: Some(0), ..Default::default() }), "pgsizes"),
         (json(Capabilities { pgsizes: Some(1 << 63), ..Default::default() }), "pgsizes"),
+        (ranges(&[]), "0 iova_ranges"),
+        (ranges(&[[0, 0xffff]; 65]), "65 iova_ranges"),
+        (ranges(&[[0, 0xffff], [2, 1]]), "0x2..=0x1"),
+        (ranges(&[[1, 0x1ffe]]), "no page"),
+        (ranges(&[[u64::MAX, u64::MAX]]), "no page"),
+        (raw(r#"{"capabilities":{"iova_ranges":[[1]]}}"#), "not valid"),
     ] {
         let error = open_with_reply(command::VERSION, payload);
         assert!(matches!(&error, Error::DeviceFault { what } if what.contains(part)), "{error} does not name {part:?}");
@@ -379,6 +386,7 @@ fn limits_of_any_size_are_clamped() {
         max_outstanding: Some(n),
         pgsizes: None,
         write_multiple: None,
+        iova_ranges: None,
     };
     let fake = Fake::hooked(move |peer, _| {
         peer.device.version = wire::version_payload(Version::default(), &all(u64::MAX));

@@ -5,6 +5,7 @@ mod fake;
 mod hostile;
 mod interop;
 mod normal;
+mod shared;
 
 use std::{future::Future, time::Duration};
 

@@ -247,11 +247,12 @@ impl Connection {
         self.link.post(write, value);
     }
 
-    /// DMA_MAP: `len` bytes at `offset` of `fd` at `iova`, for the device to read and write.
+    /// DMA_MAP: `len` bytes at `offset` of `fd` at `iova`, for the device to read and write. Without a descriptor, and where the server
+    /// takes none, it reads and writes the memory by DMA_READ and DMA_WRITE.
     ///
     /// # Errors
     /// See [`Connection::device_info`].
-    pub async fn dma_map(&self, iova: u64, len: u64, fd: &Arc<OwnedFd>, offset: u64) -> Result<()> {
+    pub async fn dma_map(&self, iova: u64, len: u64, fd: Option<&Arc<OwnedFd>>, offset: u64) -> Result<()> {
         let map = wire::DmaMap {
             argsz: (size_of::<wire::DmaMap>() as u32).into(),
             flags: (flags::DMA_READ | flags::DMA_WRITE).into(),
@@ -259,7 +260,7 @@ impl Connection {
             address: iova.into(),
             size: len.into(),
         };
-        let fds = if self.limits.max_msg_fds == 0 { Vec::new() } else { vec![fd.clone()] };
+        let fds = fd.filter(|_| self.limits.max_msg_fds != 0).cloned().into_iter().collect();
         let bytes = protocol::message(command::DMA_MAP, &map, &[]);
         self.request(bytes, fds, Expect::exactly(command::DMA_MAP, 0)).await.map(drop)
     }

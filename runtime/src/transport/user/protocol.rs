@@ -11,7 +11,10 @@ use super::wire::{
     self, Capabilities, DEFAULT_MAX_DATA_XFER, DEFAULT_MAX_MSG_FDS, DmaAccess, HEADER_SIZE, Header, MAX_CONTROL_PAYLOAD,
     RegionAccess, SparseArea, command, parse_version,
 };
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    dma::{IovaRange, conflict::joined},
+};
 
 /// Descriptors that this client takes in one message.
 pub const MAX_FDS_IN: usize = 16;
@@ -23,6 +26,8 @@ pub const MAX_REGIONS: u32 = 100;
 pub const MAX_IRQS: u32 = 50;
 /// Sparse areas of a region at most.
 pub const MAX_AREAS: usize = 64;
+/// Ranges of I/O virtual addresses that a server may report.
+pub const MAX_IOVA_RANGES: usize = 64;
 /// `argsz` of the first GET_REGION_INFO.
 pub const REGION_INFO_ARGSZ: u32 = MAX_CONTROL_PAYLOAD as u32;
 /// `argsz` of GET_REGION_INFO at most.
@@ -44,6 +49,8 @@ pub struct Limits {
     pub page_size: u64,
     /// Commands in flight.
     pub max_outstanding: usize,
+    /// The I/O virtual addresses that the device can use. `None`, of servers that don't know of our extension: all.
+    pub iova_ranges: Option<Vec<IovaRange>>,
 }
 
 impl Default for Limits {
@@ -55,6 +62,7 @@ impl Default for Limits {
             max_dma_maps: MAX_DMA_MAPS as usize,
             page_size: BASE_PAGE,
             max_outstanding: 1,
+            iova_ranges: None,
         }
     }
 }
@@ -68,6 +76,7 @@ pub fn proposal(max_outstanding: usize) -> Capabilities {
         pgsizes: Some(BASE_PAGE),
         write_multiple: Some(false),
         max_outstanding: Some(max_outstanding as u64),
+        iova_ranges: None,
     }
 }
 
@@ -96,13 +105,34 @@ pub fn negotiate(payload: &[u8], proposed_outstanding: usize) -> Result<Limits> 
         return Err(Error::fault(format!("pgsizes {pages:#x} has no page size up to 1 GiB")));
     }
     let outstanding = theirs.max_outstanding.map_or(1, |theirs| theirs.clamp(1, proposed_outstanding.max(1) as u64));
+    let page = page.max(BASE_PAGE);
+    let iova_ranges = theirs.iova_ranges.map(|ranges| usable(&ranges, page)).transpose()?;
     Ok(Limits {
         max_msg_fds: theirs.max_msg_fds.unwrap_or(DEFAULT_MAX_MSG_FDS).min(MAX_MSG_FDS_OUT) as usize,
         max_data_xfer: data.min(DEFAULT_MAX_DATA_XFER) as usize,
         max_dma_maps: theirs.max_dma_maps.unwrap_or(MAX_DMA_MAPS).min(MAX_DMA_MAPS) as usize,
-        page_size: page.max(BASE_PAGE),
+        page_size: page,
         max_outstanding: outstanding as usize,
+        iova_ranges,
     })
+}
+
+/// The ranges that a server reports, ascending.
+fn usable(ranges: &[[u64; 2]], page: u64) -> Result<Vec<IovaRange>> {
+    if !(1..=MAX_IOVA_RANGES).contains(&ranges.len()) {
+        return Err(Error::fault(format!("it reports {} iova_ranges; 1 to {MAX_IOVA_RANGES} make sense", ranges.len())));
+    }
+    let ranges: Vec<_> = ranges.iter().map(|&[start, last]| IovaRange { start, last }).collect();
+    for IovaRange { start, last } in &ranges {
+        // Whole pages only: what is cut off by them is not usable.
+        let first = start.checked_next_multiple_of(page);
+        if first.and_then(|first| first.checked_add(page - 1)).is_none_or(|end| end > *last) {
+            return Err(Error::fault(format!(
+                "its iova_ranges have {start:#x}..={last:#x}, which holds no page of {page} bytes"
+            )));
+        }
+    }
+    Ok(joined(&ranges))
 }
 
 /// What the reply to a command must look like.

@@ -385,6 +385,10 @@ pub struct Capabilities {
     /// A server that does not confirm it gets one command at a time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_outstanding: Option<u64>,
+    /// Our own extension, of the server: the I/O virtual addresses that the device can use, as pairs of the first and the last.
+    /// A server that says nothing can use all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iova_ranges: Option<Vec<[u64; 2]>>,
 }
 
 /// Why a VERSION payload can't be accepted.
