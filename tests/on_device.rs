@@ -14,7 +14,7 @@ use device::{Rig, fill, is_filled, run};
 use vfio_uring::{
     Error,
     device::{Device, Irq, Options as DeviceOptions, index},
-    dma::{HugePages, MapRefused, Pool},
+    dma::{HugePages, MapRefused, Page, Pool, SpaceStats},
     reactor::{Idle, sleep, spawn, yield_now},
 };
 use vfio_uring_nvme::{Controller, Options, Queue};
@@ -273,6 +273,27 @@ fn mappings_come_and_go() {
         }
         let stats = space.stats();
         assert_eq!((stats.mappings, stats.leaked, stats.quarantined), (0, 0, 0));
+    });
+}
+
+/// Memory of the caller is mapped as well, and comes back.
+#[test]
+fn memory_of_the_caller() {
+    run(Idle::Park, async {
+        let rig = Rig::open().await;
+        let space = rig.device.dma();
+        for pages in [1, 16, 256] {
+            let mapping = space.map_pages((0..pages).map(|_| Page([7; PAGE])).collect()).await.unwrap();
+            assert_eq!((mapping.len(), mapping.fd().is_none()), (pages * PAGE, true));
+            let mut seen = [0; 16];
+            space.read(mapping.iova(), &mut seen).unwrap();
+            assert_eq!(seen, [7; 16]);
+            drop(mapping);
+            while space.stats().retired > 0 {
+                space.reclaim().await;
+            }
+            assert_eq!(space.stats(), SpaceStats::default());
+        }
     });
 }
 

@@ -127,7 +127,9 @@ pub(crate) struct Inner {
 
 /// An open device: a handle, whose clones are the same device. It belongs to the reactor that it was opened on.
 ///
-/// Regions, BARs, interrupts and address spaces keep the device too; the connection closes when the last of them is dropped.
+/// Regions, BARs and interrupts keep the device too; it is closed when the last of them is dropped. A device of the kernel is reset
+/// then, which may hold this thread for 100 ms, and stays bound to this process while a [`Register`](crate::mmio::Register) of it is
+/// left, for that is a mapping of its BAR.
 #[derive(Clone)]
 pub struct Device {
     inner: Rc<Inner>,
@@ -140,14 +142,17 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// Opens the device at `address`.
+    /// Opens the device at `address`. The kernel resets its devices when they are opened, which takes 100 ms and more, on a thread of
+    /// its own.
     ///
-    /// It spawns two tasks on the current reactor: the runner of the connection, and the one that frees DMA memory. Both end
-    /// with the device.
+    /// It spawns tasks on the current reactor: one that frees DMA memory and, for a vfio-user server, the runner of the connection.
+    /// They end with the device.
     ///
     /// # Errors
-    /// [`Error::NoReactor`] outside of a reactor, [`Error::Io`] when nothing is at the address, and what
-    /// [`Connection::connect`] gives when the server misbehaves.
+    /// [`Error::NoReactor`] outside of a reactor, [`Error::Io`] when nothing is at the address.
+    /// - Of the kernel's VFIO: [`Error::NotReady`] with what is missing and the remedy, [`Error::InUse`] with who has the device,
+    ///   [`Error::Conflict`] when it can't join the address space of the options.
+    /// - Of a vfio-user server: what [`Connection::connect`] gives when it misbehaves.
     pub async fn open(address: &Address) -> Result<Self> {
         Self::open_with(address, Options::default()).await
     }

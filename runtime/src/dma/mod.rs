@@ -30,6 +30,7 @@
 //! ```
 
 pub mod access;
+mod attempt;
 mod backend;
 pub mod buf;
 mod bytes;

@@ -17,6 +17,7 @@ use futures::lock::{Mutex, MutexGuard};
 
 use super::{
     Backend, HugePages, IovaAllocator, IovaRange, MapRefused, Mapping, SharedMemory,
+    attempt::{Attempt, Outcome, Unmap},
     conflict::intersection,
     foreign::Forgotten,
     mapping::{Backing, Region, Retired},
@@ -372,6 +373,13 @@ impl Inner {
         if self.mapped.borrow().len() < self.max_mappings.get() {
             return Ok(());
         }
+        if self.max_mappings.get() == 0 {
+            return Err(Error::Unsupported {
+                what: "DMA memory without an IOMMU, which would have to be memory that can't move, by its physical address; boot with \
+                       an IOMMU, and open the device without no_iommu"
+                    .into(),
+            });
+        }
         Err(Error::Exhausted {
             what: format!(
                 "no DMA mapping of {bytes} bytes: all {} that the device allows are in use; map fewer and larger pools",
@@ -409,8 +417,14 @@ impl Inner {
         Ok(iova)
     }
 
+    /// Counts addresses that are never used again.
+    pub(super) fn quarantine(&self, bytes: u64) {
+        let (count, sum) = self.quarantined.get();
+        self.quarantined.set((count + 1, sum + bytes));
+    }
+
     /// Gives the place and the addresses back: the device does not have the mapping.
-    fn release(&self, iova: u64, bytes: u64) {
+    pub(super) fn release(&self, iova: u64, bytes: u64) {
         self.mapped.borrow_mut().remove(&iova);
         if let Err(error) = self.iova.borrow_mut().free(iova, bytes) {
             tracing::error!(iova, bytes, %error, "the books of the address space are wrong");
@@ -489,49 +503,4 @@ impl Inner {
 
 fn unmapped(iova: u64, len: usize) -> Error {
     Error::invalid(format!("{len} bytes at IOVA {iova:#x} are not all mapped"))
-}
-
-/// A mapping that is being made. Dropped midway, it settles what becomes of its addresses.
-struct Attempt<'a> {
-    inner: &'a Inner,
-    iova: u64,
-    bytes: u64,
-    outcome: Outcome,
-}
-
-enum Outcome {
-    /// The device does not have the mapping.
-    Absent,
-    /// It may have it: its addresses must never be used again. The memory may go, as `Retired::close` explains.
-    Unknown,
-    /// It has the mapping.
-    Mapped,
-}
-
-impl Drop for Attempt<'_> {
-    fn drop(&mut self) {
-        match self.outcome {
-            Outcome::Absent => self.inner.release(self.iova, self.bytes),
-            Outcome::Unknown => {
-                let (count, bytes) = self.inner.quarantined.get();
-                self.inner.quarantined.set((count + 1, bytes + self.bytes));
-            }
-            Outcome::Mapped => {}
-        }
-    }
-}
-
-/// An unmap on its way. Given up midway, the mapping is retired again: a second unmap is then either confirmed or refused, and
-/// a refused one is leaked.
-struct Unmap<'a> {
-    retired: &'a Retired,
-    region: Option<Arc<Region>>,
-}
-
-impl Drop for Unmap<'_> {
-    fn drop(&mut self) {
-        if let Some(region) = self.region.take() {
-            self.retired.put_back(region);
-        }
-    }
 }

@@ -4,7 +4,9 @@ use std::fs;
 
 use vfio_uring::{
     Error,
-    dma::Access,
+    device::{Device, Options},
+    dma::{Access, HugePages},
+    reactor::Reactor,
     transport::{group::Container, vfio::VfToken},
 };
 
@@ -94,6 +96,17 @@ fn without_an_iommu_nothing_is_mapped() {
     }
     let error = container.add_group(device.group + 1, false).unwrap_err();
     assert!(matches!(&error, Error::Invalid { what } if what.contains("with and without")), "{error}");
+
+    // The same by an address.
+    drop((opened, container));
+    Reactor::new().unwrap().block_on(async {
+        let address = format!("group:{}", device.bdf).parse().unwrap();
+        assert!(Device::open(&address).await.is_err(), "it was not asked for");
+        let opened = Device::open_with(&address, Options { no_iommu: true, ..Options::default() }).await.unwrap();
+        assert_ne!(opened.config().ids().await.unwrap().vendor, 0xffff);
+        let error = opened.dma().map(4096, HugePages::No).await.unwrap_err();
+        assert!(matches!(&error, Error::Unsupported { what } if what.contains("can't move")), "{error}");
+    });
 }
 
 #[test]
