@@ -1,6 +1,10 @@
 //! What a software PCI device is to a server, and what a server is to a device.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
 
 use rustix::io::Errno;
 use vfio_uring::dma::SharedMemory;
@@ -58,6 +62,9 @@ pub trait Host {
 
     /// Signals an MSI-X vector; nothing happens when it is not bound.
     fn signal(&mut self, vector: u16);
+
+    /// Signals the one MSI of a device that has one besides MSI-X; nothing happens when it is not bound.
+    fn signal_msi(&mut self) {}
 }
 
 /// A host without memory and interrupts: what a device has while no client is connected.
@@ -109,6 +116,15 @@ impl RegionSpec {
     pub const READ_WRITE: u32 = 3;
 }
 
+/// What a server waits for while a device has nothing to do, besides its client.
+#[derive(Debug, Default)]
+pub struct Rest<'a> {
+    /// The longest time until [`Device::service`] is to be called again.
+    pub at_most: Option<Duration>,
+    /// Readable when there is work.
+    pub fd: Option<BorrowedFd<'a>>,
+}
+
 /// A software PCI device.
 pub trait Device {
     /// The region of an index below [`region::COUNT`]; it does not change while a client is connected.
@@ -137,4 +153,9 @@ pub trait Device {
 
     /// Whether [`Device::service`] may find work: worth polling at a high rate.
     fn is_active(&self) -> bool;
+
+    /// The server is about to sleep: what is to wake it besides its client. By default nothing is.
+    fn rest(&mut self) -> Rest<'_> {
+        Rest::default()
+    }
 }

@@ -7,6 +7,7 @@ pub const CONFIG_SIZE: usize = 4096;
 /// Bits of the command register that can be written: I/O, memory, bus master, parity, SERR, INTx disable.
 const COMMAND_MASK: u16 = 0x0547;
 const CAP_PM: u8 = 0x01;
+const CAP_MSI: u8 = 0x05;
 const CAP_PCIE: u8 = 0x10;
 const CAP_MSIX: u8 = 0x11;
 /// Offset of the Device Control register in the PCI Express capability; bit 15 starts a function-level reset.
@@ -70,6 +71,13 @@ impl ConfigSpace {
         self
     }
 
+    /// A 32-bit memory BAR of `size` bytes, a power of two.
+    pub fn memory_bar32(mut self, index: usize, size: u32) -> Self {
+        let at = 0x10 + 4 * index;
+        self.writable(at, &(!(size.next_power_of_two() - 1) & !0xf).to_le_bytes());
+        self
+    }
+
     /// Power management, section 7.5.2 of PCI Express 5.0.
     pub fn power_management(mut self) -> Self {
         let at = self.capability(CAP_PM, 8);
@@ -79,12 +87,28 @@ impl ConfigSpace {
         self
     }
 
+    /// One MSI with a 64-bit address.
+    pub fn msi(mut self) -> Self {
+        let at = self.capability(CAP_MSI, 14);
+        self.set(at + 2, &0x80u16.to_le_bytes());
+        // Enable, but no more than one message; address; data.
+        self.writable(at + 2, &0x01u16.to_le_bytes());
+        self.writable(at + 4, &[0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+        self
+    }
+
     /// MSI-X with `vectors` vectors, 1 to 2048; table and pending bits in BAR 0.
-    pub fn msix(mut self, vectors: u16, table: u32, pending: u32) -> Self {
+    pub fn msix(self, vectors: u16, table: u32, pending: u32) -> Self {
+        self.msix_in(0, vectors, table, pending)
+    }
+
+    /// MSI-X as [`ConfigSpace::msix`], with table and pending bits in a BAR, 0 to 5.
+    pub fn msix_in(mut self, bar: usize, vectors: u16, table: u32, pending: u32) -> Self {
+        let bar = bar as u32 & 7;
         let at = self.capability(CAP_MSIX, 12);
         self.set(at + 2, &(vectors.clamp(1, 2048) - 1).to_le_bytes());
-        self.set(at + 4, &(table & !7).to_le_bytes());
-        self.set(at + 8, &(pending & !7).to_le_bytes());
+        self.set(at + 4, &(table & !7 | bar).to_le_bytes());
+        self.set(at + 8, &(pending & !7 | bar).to_le_bytes());
         self.writable(at + 2, &0xc000u16.to_le_bytes());
         self
     }

@@ -18,7 +18,7 @@ mod tests;
 use std::{
     io,
     num::NonZero,
-    os::fd::OwnedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -160,7 +160,7 @@ impl<D: Device> Server<D> {
         while !self.stop.is_set() {
             let Some(client) = lobby.next() else {
                 let sleep = lobby.limit(QUIET);
-                wait(None, &lobby, &self.stop, sleep)?;
+                wait(None, None, &lobby, &self.stop, sleep)?;
                 continue;
             };
             self.stats.clients.fetch_add(1, Ordering::Relaxed);
@@ -195,7 +195,9 @@ impl<D: Device> Server<D> {
             }
             if let Some(pause) = pause {
                 self.stats.sleeps.fetch_add(1, Ordering::Relaxed);
-                if let Err(error) = wait(Some(&connection), lobby, &self.stop, lobby.limit(pause)) {
+                let rest = self.device.rest();
+                let pause = rest.at_most.map_or(pause, |at_most| pause.min(at_most));
+                if let Err(error) = wait(Some(&connection), rest.fd, lobby, &self.stop, lobby.limit(pause)) {
                     return Lost::Io(Errno::from_io_error(&error).unwrap_or(Errno::IO));
                 }
             }
@@ -269,13 +271,22 @@ impl<D: Device> Server<D> {
     }
 }
 
-/// Sleeps until the client, the listener or a stop has something to say.
-fn wait(client: Option<&Connection>, lobby: &Lobby<'_>, stop: &Stop, sleep: Duration) -> io::Result<()> {
+/// Sleeps until the client, the device, the listener or a stop has something to say.
+fn wait(
+    client: Option<&Connection>,
+    device: Option<BorrowedFd<'_>>,
+    lobby: &Lobby<'_>,
+    stop: &Stop,
+    sleep: Duration,
+) -> io::Result<()> {
     let time = Timespec { tv_sec: sleep.as_secs() as i64, tv_nsec: sleep.subsec_nanos().into() };
     let stop_fd = stop.wake();
     let mut fds = vec![PollFd::from_borrowed_fd(stop_fd, PollFlags::IN)];
     if let Some(client) = client {
         fds.push(PollFd::from_borrowed_fd(client.socket(), PollFlags::IN));
+    }
+    if let Some(device) = device {
+        fds.push(PollFd::from_borrowed_fd(device, PollFlags::IN));
     }
     if let Some(listener) = lobby.listener() {
         fds.push(PollFd::new(listener, PollFlags::IN));

@@ -431,4 +431,8 @@ impl<C: Channel> Host for SessionHost<'_, C> {
     fn signal(&mut self, vector: u16) {
         self.irqs.signal(irq::MSIX, vector.into());
     }
+
+    fn signal_msi(&mut self) {
+        self.irqs.signal(irq::MSI, 0);
+    }
 }
