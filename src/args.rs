@@ -1,5 +1,7 @@
 //! The command line: what can be said, and what can be refused before a device is opened.
 
+mod serve;
+
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -9,6 +11,7 @@ use vfio_uring::{
     reactor::Idle,
 };
 
+pub use self::serve::{Mac, Model, Serve, ServeIgb, ServeNvme, WireArg};
 use crate::failure::{Failure, Result};
 
 /// Most commands that can be outstanding on a queue.
@@ -27,6 +30,7 @@ Examples:
   vfio-uring bench                                      4 KiB random reads from a software controller
   vfio-uring bench --rw randrw --verify --runtime 2     reads and writes, data compared
   vfio-uring serve nvme --socket /tmp/nvme.sock --size 1g
+  vfio-uring serve igb --socket /tmp/nic.sock --wire tap:tap0
   vfio-uring bench --device vfio-user:/tmp/nvme.sock --bs 128k --rw read
   vfio-uring info vfio-user:/tmp/nvme.sock
   vfio-uring list                                       the PCI devices, and what is missing to use each
@@ -210,43 +214,6 @@ pub enum Format {
     Json,
 }
 
-#[derive(Debug, Args)]
-pub struct Serve {
-    #[command(subcommand)]
-    pub model: Model,
-}
-
-#[derive(Debug, Subcommand)]
-pub enum Model {
-    /// An NVMe 1.4 controller with one namespace, in memory or in a file
-    Nvme(ServeNvme),
-}
-
-const SERVE_HELP: &str = "\
-It runs until Ctrl-C or SIGTERM, serves one client at a time, and takes the next one when a client goes. Blocks in memory
-outlive clients, not the server.
-
-Examples:
-  vfio-uring serve nvme --socket /tmp/nvme.sock --size 1g
-  vfio-uring serve nvme --socket /tmp/nvme.sock --file disk.img --lba-size 4096";
-
-#[derive(Debug, Args)]
-#[command(after_help = SERVE_HELP)]
-pub struct ServeNvme {
-    /// Where to listen; removed at the end
-    #[arg(long, value_name = "PATH")]
-    pub socket: PathBuf,
-    /// Bytes of the namespace [default: 1g, or what --file has]
-    #[arg(long, value_parser = size)]
-    pub size: Option<u64>,
-    /// Keep the blocks in this file, which is made if --size is given too
-    #[arg(long, value_name = "PATH")]
-    pub file: Option<PathBuf>,
-    /// Bytes of a block: 512 or 4096
-    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = lba_size)]
-    pub lba_size: u32,
-}
-
 /// What `info` is to show.
 #[derive(Debug, Args)]
 #[command(after_help = "An NVMe controller is reset and identified for its part of the answer, and shut down after: don't \
@@ -389,18 +356,6 @@ impl Bench {
     }
 }
 
-impl ServeNvme {
-    /// Checks what can be checked without the file.
-    pub fn check(&self) -> Result<()> {
-        match self.size {
-            Some(size) if !size.is_multiple_of(self.lba_size.into()) => {
-                Err(Failure::Usage(format!("--size {size}: it has to be a multiple of --lba-size, {}", self.lba_size)))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
 /// A number of bytes with an optional suffix; not 0.
 fn size(text: &str) -> Result<u64, String> {
     let lower = text.to_ascii_lowercase();
@@ -442,14 +397,6 @@ fn reason(error: vfio_uring::Error, remedy: &str) -> String {
     match error {
         vfio_uring::Error::Address { reason, .. } => format!("{reason}{remedy}"),
         error => error.to_string(),
-    }
-}
-
-fn lba_size(text: &str) -> Result<u32, String> {
-    match text {
-        "512" => Ok(512),
-        "4096" | "4k" | "4K" => Ok(4096),
-        _ => Err("a block has 512 or 4096 bytes".into()),
     }
 }
 

@@ -58,9 +58,9 @@ fn usage(error: &clap::Error) -> ExitCode {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             end(print(&error.render().to_string()).map(|()| ExitCode::SUCCESS))
         }
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
-            end(Err(Failure::Usage("what to do? list, bind, unbind, info, bench or serve nvme; see --help".into())))
-        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => end(Err(Failure::Usage(
+            "what to do? list, bind, unbind, info, bench, serve nvme or serve igb; see --help".into(),
+        ))),
         _ => end(Err(Failure::Usage(one_line(&error.render().to_string())))),
     }
 }
