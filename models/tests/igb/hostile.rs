@@ -73,7 +73,7 @@ fn a_packet_without_end() {
 #[test]
 fn contexts_that_make_no_sense() {
     let (mut a, mut b) = two();
-    let bytes = frame(MAC_B, MAC_A, 1000, 1);
+    let bytes = frame(MAC_B, MAC_A, 500, 1);
     let all = tx::IXSM | tx::TXSM;
     let mut send = |a: &mut Driver, context: Option<([u32; 3], u32, u16)>, command: u32, last: u32| {
         if let Some((lengths, kind, mss)) = context {

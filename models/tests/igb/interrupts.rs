@@ -8,6 +8,8 @@ use crate::support::*;
 
 /// As Linux sets MSI-X up: vector 0 for other causes, 1 for receiving, 2 for sending on queue 0; 3 for both on queue 9.
 fn vectors(driver: &mut Driver) {
+    // The link has come up.
+    assert_eq!(driver.get(ICR), icr::LSC);
     driver.set(GPIE, gpie::MULTIPLE_MSIX | 1 << 31 | gpie::EIAME | gpie::NSICR);
     driver.set(IVAR_MISC, 0x80 << 8);
     driver.set(IVAR, 0x8281);

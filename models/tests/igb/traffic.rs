@@ -292,8 +292,7 @@ fn no_descriptors() {
         a.send(0, &frame(MAC_B, MAC_A, 60, 1));
     }
     settle(&mut a, &mut b);
-    // On the wire, and one that waits at its end.
-    let lost = 100 - 15 - 32;
+    let lost = 100 - 32;
     assert_eq!(a.dropped(Cause::WireFull), lost);
     assert_eq!(u64::from(b.get(0x4010)), lost, "MPC");
     // A packet that needs more than a ring has is never waited for.
