@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use super::{
     LOOK, MSIX_BAR, Nic,
-    spec::{BAR_SIZE, MSIX_BAR_SIZE, TCTL, VECTORS, tctl},
+    spec::{BAR_SIZE, MSIX_BAR_SIZE, RCTL, TCTL, VECTORS, rctl, tctl},
 };
 use crate::{
     device::{Device, Host, RegionSpec, Rest, irq, region},
@@ -125,7 +125,8 @@ impl Device for Nic {
     }
 
     fn is_active(&self) -> bool {
-        self.receives() || self.core.registers.get(TCTL) & tctl::EN != 0 || self.core.interrupts.enabled()
+        let registers = &self.core.registers;
+        registers.get(RCTL) & rctl::EN != 0 || registers.get(TCTL) & tctl::EN != 0 || self.core.interrupts.enabled()
     }
 
     fn rest(&mut self) -> Rest<'_> {

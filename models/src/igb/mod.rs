@@ -135,7 +135,7 @@ impl Nic {
             interrupts: Interrupts::default(),
             statistics: Statistics::default(),
             counters: Counters::default(),
-            port: Port::new(wire, mac),
+            port: Port::new(wire, mac, &handle),
             link: false,
         };
         let mut nic = Self {
@@ -187,8 +187,9 @@ impl Nic {
         self.handle.publish(&self.core.counters);
     }
 
+    /// Whether packets are taken from the wire.
     fn receives(&self) -> bool {
-        self.core.registers.get(RCTL) & rctl::EN != 0
+        self.core.link && self.core.registers.get(RCTL) & rctl::EN != 0
     }
 
     /// Looks at what changes rarely: the link, and which queues there are.
@@ -202,7 +203,7 @@ impl Nic {
             self.core.interrupts.cause(icr::LSC);
         }
         let pause = self.core.registers.get(CTRL) & ctrl::TFCE != 0;
-        self.core.port.listen(link && self.receives(), pause);
+        self.core.port.listen(self.receives(), pause);
         self.core.statistics.missed(self.core.port.missed());
         self.rx.sync(&mut self.core);
         self.tx.sync(&mut self.core);

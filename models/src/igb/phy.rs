@@ -132,7 +132,7 @@ mod tests {
     #[test]
     fn identity_link_and_wrong_addresses() {
         let mut phy = Phy::new();
-        let mut read = |phy: &mut Phy, register: u32| {
+        let read = |phy: &mut Phy, register: u32| {
             assert_eq!(phy.write_mdic(READ | ADDRESS << 21 | register << 16), 0);
             assert_eq!(phy.mdic & (READY | ERROR), READY);
             phy.mdic & 0xffff

@@ -36,7 +36,7 @@ struct Packet {
 pub(super) struct Rx {
     pub rings: [Ring; QUEUES],
     /// A packet that waits for descriptors, and all others with it.
-    waiting: Option<(Box<Frame>, Packet)>,
+    waiting: Option<(Frame, Packet)>,
     /// The valid receive addresses; `None`: to be looked up.
     addresses: Option<Vec<u64>>,
     toeplitz: Option<Toeplitz>,
@@ -110,7 +110,7 @@ impl Rx {
                     written |= 1 << queue;
                     core.counters.rx_packets += 1;
                     core.counters.rx_bytes += frame.len() as u64;
-                    core.statistics.to_host(frame.len());
+                    core.statistics.written(frame.len());
                 }
                 Err(cause) => self.dropped(cause, core),
             }

@@ -111,7 +111,7 @@ impl Statistics {
 
     /// A frame that was written to client memory.
     #[inline]
-    pub fn to_host(&mut self, len: usize) {
+    pub fn written(&mut self, len: usize) {
         self.add(at::RPTHC, 1);
         self.add_wide(at::HGORC, len as u64 + 4);
     }

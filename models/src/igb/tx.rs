@@ -34,7 +34,7 @@ struct Data {
 /// A packet that is being put together.
 #[derive(Debug)]
 struct Packet {
-    frame: Option<Box<Frame>>,
+    frame: Option<Frame>,
     /// Nothing of it is sent any more.
     dropped: Option<Cause>,
     context: Option<Context>,
@@ -469,7 +469,7 @@ impl Data {
     }
 }
 
-fn room(core: &mut Core) -> Result<Box<Frame>, Stop> {
+fn room(core: &mut Core) -> Result<Frame, Stop> {
     if !core.link {
         return Err(Stop::Drop(Cause::NoReceiver));
     }

@@ -332,6 +332,13 @@ fn links_go_down_and_up() {
         settle(&mut a, &mut b);
         assert!(b.receive(0).is_some());
     }
+    // Nobody looks after the other NIC meanwhile.
+    b.handle.set_link(false);
+    a.service();
+    assert_eq!(a.get(STATUS) & status::LU, 0);
+    b.handle.set_link(true);
+    settle(&mut a, &mut b);
+    settle(&mut a, &mut b);
     // The PHY can be powered down, and a NIC can go away.
     b.set(MDIC, 1 << 26 | 1 << 21 | 0x1940);
     settle(&mut a, &mut b);

@@ -13,8 +13,8 @@ pub(in crate::igb) struct Frame {
 
 impl Frame {
     /// With room for `capacity` bytes, a VLAN tag in front and a CRC behind.
-    pub fn new(capacity: usize) -> Box<Self> {
-        Box::new(Self { data: vec![0; FRONT + capacity + 4].into(), start: FRONT, end: FRONT })
+    pub fn new(capacity: usize) -> Self {
+        Self { data: vec![0; FRONT + capacity + 4].into(), start: FRONT, end: FRONT }
     }
 
     pub fn clear(&mut self) {

@@ -18,7 +18,7 @@ pub struct Generator {
     flows: usize,
     /// Packets that are still to be sent; `None`: without end.
     left: Option<u64>,
-    frames: VecDeque<Box<Frame>>,
+    frames: VecDeque<Frame>,
 }
 
 impl Generator {
@@ -44,7 +44,7 @@ impl Generator {
     }
 
     #[inline]
-    pub(super) fn receive(&mut self) -> Option<Box<Frame>> {
+    pub(super) fn receive(&mut self) -> Option<Frame> {
         if self.left == Some(0) {
             return None;
         }
@@ -56,7 +56,7 @@ impl Generator {
     }
 
     #[inline]
-    pub(super) fn done(&mut self, frame: Box<Frame>) {
+    pub(super) fn done(&mut self, frame: Frame) {
         self.frames.push_back(frame);
     }
 }

@@ -10,7 +10,7 @@ use std::{io, path::Path, time::Duration};
 
 pub(super) use self::frame::Frame;
 pub use self::{generator::Generator, pcap::Pcap, peer::Peer, tap::Tap};
-use super::{Cause, config::invalid, spec::MAX_FRAME};
+use super::{Cause, Handle, config::invalid, spec::MAX_FRAME};
 use crate::device::Rest;
 
 /// Frames that are kept for their memory.
@@ -76,7 +76,7 @@ impl Wire {
 #[derive(Debug)]
 pub(super) enum Room {
     /// Into this memory, to be given to [`Port::send`] or [`Port::cancel`].
-    Frame(Box<Frame>),
+    Frame(Frame),
     /// There is none now; the sender waits.
     Wait,
     /// Nowhere.
@@ -87,23 +87,25 @@ pub(super) enum Room {
 #[derive(Debug)]
 pub(super) struct Port {
     wire: Wire,
-    spare: Vec<Box<Frame>>,
+    spare: Vec<Frame>,
 }
 
 impl Port {
-    pub fn new(mut wire: Wire, mac: [u8; 6]) -> Self {
-        if let Wire::Generator(generator) = &mut wire {
-            generator.prepare(mac);
+    pub fn new(mut wire: Wire, mac: [u8; 6], cable: &Handle) -> Self {
+        match &mut wire {
+            Wire::Generator(generator) => generator.prepare(mac),
+            Wire::Peer(peer) => peer.attach(cable.clone()),
+            _ => {}
         }
         Self { wire, spare: Vec::with_capacity(SPARE) }
     }
 
-    /// Tells the other end whether our cable is plugged in; gives whether the link is up.
-    pub fn link(&self, plugged: bool) -> bool {
+    /// Tells the other end whether our side of the link is up; gives whether all of it is.
+    pub fn link(&self, up: bool) -> bool {
         match &self.wire {
             Wire::Unplugged => false,
-            Wire::Peer(peer) => peer.link(plugged),
-            _ => plugged,
+            Wire::Peer(peer) => peer.link(up),
+            _ => up,
         }
     }
 
@@ -119,13 +121,13 @@ impl Port {
         if let Wire::Peer(peer) = &self.wire { peer.missed() } else { 0 }
     }
 
-    fn spare(&mut self) -> Box<Frame> {
+    fn spare(&mut self) -> Frame {
         let mut frame = self.spare.pop().unwrap_or_else(|| Frame::new(MAX_FRAME));
         frame.clear();
         frame
     }
 
-    fn keep(&mut self, frame: Box<Frame>) {
+    fn keep(&mut self, frame: Frame) {
         if self.spare.len() < SPARE {
             self.spare.push(frame);
         }
@@ -133,7 +135,7 @@ impl Port {
 
     /// The next frame that has arrived; it is to be given back by [`Port::done`].
     #[inline]
-    pub fn receive(&mut self) -> Option<Box<Frame>> {
+    pub fn receive(&mut self) -> Option<Frame> {
         match &mut self.wire {
             Wire::Unplugged | Wire::Sink => None,
             Wire::Generator(generator) => generator.receive(),
@@ -143,7 +145,7 @@ impl Port {
         }
     }
 
-    fn read(&mut self) -> Option<Box<Frame>> {
+    fn read(&mut self) -> Option<Frame> {
         let mut frame = self.spare();
         let read = match &mut self.wire {
             Wire::Pcap(pcap) => pcap.read(&mut frame),
@@ -160,13 +162,13 @@ impl Port {
     }
 
     /// A frame that has arrived and that nobody will take any more.
-    pub fn stale(&mut self) -> Option<Box<Frame>> {
+    pub fn stale(&mut self) -> Option<Frame> {
         if let Wire::Peer(peer) = &mut self.wire { peer.receive() } else { None }
     }
 
     /// A frame from [`Port::receive`] is no longer needed.
     #[inline]
-    pub fn done(&mut self, frame: Box<Frame>) {
+    pub fn done(&mut self, frame: Frame) {
         match &mut self.wire {
             Wire::Peer(peer) => peer.done(frame),
             Wire::Generator(generator) => generator.done(frame),
@@ -186,7 +188,7 @@ impl Port {
 
     /// Sends a frame whose memory came from [`Port::room`].
     #[inline]
-    pub fn send(&mut self, frame: Box<Frame>) -> Result<(), Cause> {
+    pub fn send(&mut self, frame: Frame) -> Result<(), Cause> {
         let sent = match &mut self.wire {
             Wire::Peer(peer) => return peer.send(frame),
             Wire::Pcap(pcap) => pcap.write(frame.bytes()),
@@ -199,7 +201,7 @@ impl Port {
     }
 
     /// Gives back memory from [`Port::room`] that is not sent.
-    pub fn cancel(&mut self, frame: Box<Frame>) {
+    pub fn cancel(&mut self, frame: Frame) {
         match &mut self.wire {
             Wire::Peer(peer) => peer.cancel(frame),
             _ => self.keep(frame),

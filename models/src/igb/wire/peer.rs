@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering, fence},
     },
     time::Duration,
@@ -16,13 +16,16 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::{Frame, Room, within};
 use crate::{
     device::Rest,
-    igb::{Cause, spec::MAX_FRAME},
+    igb::{Cause, Handle, spec::MAX_FRAME},
 };
 
 /// What the other end has to know of an end.
 #[derive(Debug)]
 struct End {
-    plugged: AtomicBool,
+    /// There is a NIC whose PHY has power.
+    up: AtomicBool,
+    /// The cable, which may be pulled while nobody looks after the NIC.
+    cable: OnceLock<Handle>,
     open: AtomicBool,
     /// It wants the other end to wait when there is no room.
     pause: AtomicBool,
@@ -35,7 +38,8 @@ struct End {
 impl End {
     fn new() -> io::Result<Self> {
         Ok(Self {
-            plugged: AtomicBool::new(true),
+            up: AtomicBool::new(true),
+            cable: OnceLock::new(),
             open: AtomicBool::new(false),
             pause: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
@@ -51,12 +55,12 @@ pub struct Peer {
     ours: Arc<End>,
     theirs: Arc<End>,
     /// What we send, and its memory when it comes back.
-    out: Producer<Box<Frame>>,
-    back: Consumer<Box<Frame>>,
+    out: Producer<Frame>,
+    back: Consumer<Frame>,
     /// What they send, and how its memory goes back.
-    input: Consumer<Box<Frame>>,
-    give: Producer<Box<Frame>>,
-    free: Vec<Box<Frame>>,
+    input: Consumer<Frame>,
+    give: Producer<Frame>,
+    free: Vec<Frame>,
     /// Frames that may still be made.
     unmade: usize,
     /// The other end may want to know of what we did.
@@ -87,9 +91,14 @@ impl Peer {
         Ok((end(&a, &b, a_out, a_back, a_in, a_give), end(&b, &a, b_out, b_back, b_in, b_give)))
     }
 
-    pub(super) fn link(&self, plugged: bool) -> bool {
-        self.ours.plugged.store(plugged, Ordering::Relaxed);
-        plugged && self.theirs.plugged.load(Ordering::Relaxed)
+    pub(super) fn attach(&self, cable: Handle) {
+        let first = self.ours.cable.set(cable).is_ok();
+        debug_assert!(first, "an end belongs to one NIC");
+    }
+
+    pub(super) fn link(&self, up: bool) -> bool {
+        self.ours.up.store(up, Ordering::Relaxed);
+        up && self.theirs.up.load(Ordering::Relaxed) && self.theirs.cable.get().is_none_or(Handle::link)
     }
 
     pub(super) fn listen(&self, open: bool, pause: bool) {
@@ -105,7 +114,7 @@ impl Peer {
     }
 
     #[inline]
-    pub(super) fn receive(&mut self) -> Option<Box<Frame>> {
+    pub(super) fn receive(&mut self) -> Option<Frame> {
         if self.resting {
             self.wake_up();
         }
@@ -113,7 +122,7 @@ impl Peer {
     }
 
     #[inline]
-    pub(super) fn done(&mut self, frame: Box<Frame>) {
+    pub(super) fn done(&mut self, frame: Frame) {
         // There is room for all frames that the other end can make.
         let _ = self.give.push(frame);
         self.news = true;
@@ -147,12 +156,12 @@ impl Peer {
     }
 
     #[inline]
-    pub(super) fn send(&mut self, frame: Box<Frame>) -> Result<(), Cause> {
+    pub(super) fn send(&mut self, frame: Frame) -> Result<(), Cause> {
         self.news = true;
         self.out.push(frame).map_err(|_| Cause::WireFull)
     }
 
-    pub(super) fn cancel(&mut self, frame: Box<Frame>) {
+    pub(super) fn cancel(&mut self, frame: Frame) {
         self.free.push(frame);
     }
 
@@ -187,6 +196,6 @@ impl Peer {
 impl Drop for Peer {
     fn drop(&mut self) {
         self.ours.open.store(false, Ordering::Relaxed);
-        self.ours.plugged.store(false, Ordering::Relaxed);
+        self.ours.up.store(false, Ordering::Relaxed);
     }
 }
