@@ -45,11 +45,11 @@ const KEPT: [(u64, u64); 22] = [
 
 /// Registers that only keep what is written to them.
 #[derive(Debug)]
-pub(super) struct Registers(Box<[u32]>);
+pub(super) struct Registers(Box<[u32; COUNT]>);
 
 impl Registers {
     pub fn new() -> Self {
-        Self(vec![0; COUNT].into())
+        Self(Box::new([0; COUNT]))
     }
 
     #[inline]

@@ -19,6 +19,7 @@
 //! mapping can't be cleared by reading it: [`Handle::counters`] and RNBC have the numbers. Writes to the registers of queues 0 to
 //! 3 at their old places (0x2800, 0x3800), which Linux uses, are always messages.
 
+mod assembly;
 mod config;
 mod core;
 mod device;

@@ -53,7 +53,7 @@ impl Frame {
 
     /// Makes it at least `len` bytes long, with zeros.
     pub fn pad(&mut self, len: usize) {
-        if let Some(more) = len.checked_sub(self.len())
+        if let Some(more) = len.checked_sub(self.len()).filter(|&more| more > 0)
             && let Some(room) = self.extend(more)
         {
             room.fill(0);
