@@ -8,6 +8,7 @@
 pub mod device;
 pub mod dma;
 pub mod error;
+pub mod fault;
 pub mod mmio;
 pub mod pci;
 pub mod reactor;
