@@ -92,6 +92,8 @@ impl Controller {
         disable(&bar, cap).await?;
         let slots = ADMIN_SLOTS.min(cap.max_queue_entries() as usize - 1);
         let parts = parts(&watch, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?;
+        // What was lost before is not this controller's concern.
+        let _ = parts.sq_doorbell.take_error();
         let admin = Rc::new(QueuePair::new(parts)?);
         let (asq, acq) = admin.ring_iovas();
         bar.write::<u32>(register::AQA, (slots as u32) << 16 | slots as u32).await?;
@@ -219,9 +221,9 @@ impl Controller {
 }
 
 impl Inner {
-    /// Disables the controller, unless it is new born. Confirmed by CSTS.RDY, or by the device's reset, it touches no memory any more.
+    /// Disables the controller, unless its device was reset. Confirmed by CSTS.RDY, or by the device, it touches no memory any more.
     async fn reset(&self) -> Result<()> {
-        if !self.watch.was_reset() {
+        if !self.watch.was_reset_for_sure() {
             disable(&self.bar, self.cap).await?;
         }
         self.admin.quiesce();

@@ -4,7 +4,6 @@
 //! What the controller writes is copied once and checked. A completion that breaks the rules ends the queue.
 
 use std::{
-    rc::Rc,
     sync::Arc,
     task::Poll,
     time::{Duration, Instant},
@@ -275,7 +274,7 @@ impl QueuePair {
             return;
         }
         match self.watch.as_ref().and_then(|watch| watch.look([&self.sq_doorbell, &self.cq_doorbell], self.lost_before)) {
-            Some(Event::Reset) => return self.was_reset(),
+            Some(Event::Reset { proven }) => return self.was_reset(proven),
             Some(Event::Lost(error)) => return self.end(error.into()),
             None if self.dead.get() || self.outstanding() == 0 => return,
             None => {}
@@ -293,13 +292,15 @@ impl QueuePair {
         }
     }
 
-    /// The device knows nothing of the queue any more, and does no DMA that it was told to do before.
+    /// The device knows nothing of the queue any more.
     #[cold]
-    fn was_reset(&self) {
+    fn was_reset(&self, proven: bool) {
         // First, so that those that the end wakes get their buffers back.
-        self.quiesced.set(true);
+        self.quiesced.set(proven);
         self.end(Error::Reset);
-        self.drop_orphans();
+        if proven {
+            self.drop_orphans();
+        }
     }
 
     /// The controller is proven to be done with all memory of the queue: what its commands own is freed.

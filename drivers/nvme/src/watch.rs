@@ -5,7 +5,10 @@ use std::{
     rc::Rc,
 };
 
-use vfio_uring::device::{Device, Posted, State};
+use vfio_uring::{
+    device::{Device, Posted, State},
+    mmio::Value,
+};
 
 /// A device, as the queues of one controller watch it. Clones are the same: stores that are lost are counted by the mapping, which
 /// all doorbells share, and told of once, so that the queue that asks has to tell the others.
@@ -25,8 +28,8 @@ struct Inner {
 
 /// What has happened to the device.
 pub(crate) enum Event {
-    /// It was reset: it knows nothing of the queue any more, and does no DMA that it was told to do before.
-    Reset,
+    /// It was reset, and knows nothing of the queue any more. If that is proven, it does no DMA either that it was told to do before.
+    Reset { proven: bool },
     /// It can't go on.
     Lost(vfio_uring::Error),
 }
@@ -49,6 +52,11 @@ impl Watch {
         self.0.device.generation() != self.0.generation
     }
 
+    /// Whether it is proven that the device was reset since.
+    pub(crate) fn was_reset_for_sure(&self) -> bool {
+        self.0.device.confirmed_generation() > self.0.generation
+    }
+
     /// How often doorbells were found to be lost.
     #[inline]
     pub(crate) fn lost(&self) -> u32 {
@@ -57,9 +65,9 @@ impl Watch {
 
     /// What has happened to the device since a queue with these doorbells was made; `before` is [`Watch::lost`] then.
     #[inline]
-    pub(crate) fn look<T>(&self, doorbells: [&Posted<T>; 2], before: u32) -> Option<Event> {
+    pub(crate) fn look<T: Value>(&self, doorbells: [&Posted<T>; 2], before: u32) -> Option<Event> {
         if self.was_reset() {
-            return Some(Event::Reset);
+            return Some(Event::Reset { proven: self.was_reset_for_sure() });
         }
         if let Some(error) = doorbells.iter().find_map(|doorbell| doorbell.take_error()) {
             self.0.lost.set(self.lost().wrapping_add(1));
