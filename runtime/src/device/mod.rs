@@ -23,19 +23,30 @@
 mod address;
 mod bar;
 mod config;
+mod effects;
 pub(crate) mod gate;
+mod hot_reset;
 mod interrupt;
 mod open;
+mod power;
 mod region;
 mod reset;
 
-use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::{OnceCell, RefCell},
+    collections::BTreeSet,
+    fmt,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 pub use address::Address;
 pub use bar::{Bar, Posted};
 pub use config::ConfigSpace;
 pub use gate::{State, StateChange, StateChanges};
 pub use interrupt::{Interrupt, Irq};
+pub use power::{PowerState, Wakeup};
 pub use region::{Region, index};
 
 pub use crate::transport::user::protocol::{Area, IrqInfo};
@@ -43,13 +54,14 @@ use crate::{
     Error, Result,
     dma::{AddressSpace, IovaRange},
     pci,
-    reactor::{self, timeout},
+    reactor::{self, JoinHandle, timeout},
     transport::{
         Transport,
         user::{client::Connection, protocol::DeviceInfo as ProtocolInfo},
         vfio::{DeviceFd, VfToken},
     },
 };
+use effects::Places;
 use gate::{Access, Gate};
 use open::{Opened, Seat, Way};
 use region::RegionState;
@@ -128,11 +140,16 @@ pub(crate) struct Inner {
     transport: Transport,
     _seat: Option<Seat>,
     dma: AddressSpace,
+    /// What of configuration space the gate has to know, once it was looked for.
+    places: OnceCell<Places>,
+    /// Those that wait for the device to wake.
+    wakeups: RefCell<Vec<JoinHandle<()>>>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         self.gate.close_for_good();
+        self.end_wakeups();
     }
 }
 
@@ -190,7 +207,8 @@ impl Device {
         };
         let Opened { regions, gate, transport, seat, dma, info, irqs } = opened;
         let (address, vectors) = (address.clone(), RefCell::default());
-        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, _seat: seat, dma };
+        let (places, wakeups) = Default::default();
+        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, _seat: seat, dma, places, wakeups };
         Ok(Self { inner: Rc::new(inner) })
     }
 

@@ -2,6 +2,7 @@
 //! `vfio_user` crate's.
 
 mod fake;
+mod gate;
 mod hostile;
 mod interop;
 mod normal;
