@@ -1,0 +1,95 @@
+# The guest's own driver on the two network cards that the host serves, with a cable between them. Each is in a network
+# namespace of its own, so that packets take the cable.
+took() {
+    echo "$(cut -d ' ' -f 1 /proc/uptime) s: $*"
+}
+interface() {
+    ls "/sys/bus/pci/devices/$1/net"
+}
+wait_for 20 interface 0000:00:05.0 >/dev/null
+wait_for 20 interface 0000:00:06.0 >/dev/null
+one=$(interface 0000:00:05.0)
+two=$(interface 0000:00:06.0)
+
+unshare -n sleep 600 &
+other=$!
+# The name of a namespace says which it is.
+apart() {
+    [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]
+}
+wait_for 10 apart
+ip link set "$two" netns $other
+
+# here COMMAND... and there COMMAND...: on the first card, and on the second.
+here() {
+    "$@"
+}
+there() {
+    nsenter -t $other -n "$@"
+}
+here ip addr add 10.0.0.1/24 dev "$one"
+there ip addr add 10.0.0.2/24 dev "$two"
+here ip link set "$one" up
+there ip link set "$two" up
+linked() {
+    here ip link show dev "$one" | grep -q LOWER_UP && there ip link show dev "$two" | grep -q LOWER_UP
+}
+wait_for 20 linked
+took link
+
+# pings SIZE COUNT: all are answered.
+pings() {
+    ping -q -c "$2" -i 0.01 -w 30 -s "$1" 10.0.0.2 >/tmp/pings || { cat /tmp/pings; return 1; }
+    took "pings of $1 bytes: $(tail -n 2 /tmp/pings | tr '\n' ' ')"
+    grep -q "^$2 packets transmitted, $2 packets received, 0% packet loss" /tmp/pings
+}
+
+# transfer FROM TO ADDRESS PORT: 64 MiB by TCP.
+listens() {
+    "$1" grep -q "$(printf ':%04X 00000000:0000 0A' "$2")" /proc/net/tcp
+}
+transfer() {
+    # The listener's input stays open, and so its half of the connection.
+    "$2" timeout 60 nc -l -p "$4" <>/tmp/open >/tmp/got &
+    receiver=$!
+    wait_for 10 listens "$2" "$4"
+    took "$1 to $2, port $4"
+    "$1" timeout 60 nc "$3" "$4" </tmp/data || { echo "the sender failed: $?"; return 1; }
+    wait $receiver || { echo "the receiver failed: $?, with $(wc -c </tmp/got) bytes"; return 1; }
+    took "all is there"
+    if [ "$(sha256sum </tmp/got)" != "$sum" ]; then
+        cmp /tmp/data /tmp/got
+        return 1
+    fi
+}
+
+mkfifo /tmp/open
+dd if=/dev/urandom of=/tmp/data bs=1M count=64 2>/dev/null
+sum=$(sha256sum </tmp/data)
+pings 56 100
+pings 1400 20
+transfer here there 10.0.0.2 5001
+transfer there here 10.0.0.1 5002
+
+# With long packets the cards' buffers are other ones, and a packet has several.
+here ip link set "$one" mtu 9000
+there ip link set "$two" mtu 9000
+wait_for 20 linked
+took link
+pings 8900 20
+transfer here there 10.0.0.2 5003
+
+# The guest has seen no error and lost no packet, on neither side.
+# After the name: bytes, packets, errs, drop, fifo, frame, compressed, multicast, and for sending bytes, packets, errs, drop, ...
+clean() {
+    "$1" cat /proc/net/dev | sed 's/:/ /' | awk -v name="$2" '
+        $1 == name { print; found = 1; bad = $4 + $5 + $6 + $7 + $12 + $13 + $14 + $15 + $16 }
+        END { exit !found || bad }' || { echo "$2 has errors"; return 1; }
+    "$1" awk '/^Tcp:/ { for (i = 1; i <= NF; i++) { if (named) { if ($i + 0 && (name[i] ~ /InErrs|InCsumErrors/)) bad = 1
+            if (name[i] ~ /Segs|Errs|InCsum/) printf "%s %s ", name[i], $i } else name[i] = $i } named = 1 }
+        END { print ""; exit bad }' /proc/net/snmp || { echo "TCP has errors on $2"; return 1; }
+}
+clean here "$one"
+clean there "$two"
+grep -e "$one" -e "$two" /proc/interrupts
+! dmesg | grep -i 'igb.*\(error\|hang\|timeout\|reset\)\|watchdog'
