@@ -3,7 +3,7 @@
 took() {
     echo "$(cut -d ' ' -f 1 /proc/uptime) s: $*"
 }
-trap '[ $? = 0 ] || dmesg | grep -v "^pci" | tail -n 20' EXIT
+trap '[ $? = 0 ] || dmesg | tail -n 12' EXIT
 interface() {
     ls "/sys/bus/pci/devices/$1/net" 2>/dev/null
 }
@@ -31,6 +31,10 @@ here() {
 there() {
     nsenter -t $other -n "$@"
 }
+# Nothing is sent but what is here: multicast that the other end has not asked for is not received.
+quiet='for file in /proc/sys/net/ipv6/conf/*/disable_ipv6; do [ ! -e $file ] || echo 1 >$file; done'
+here sh -c "$quiet"
+there sh -c "$quiet"
 here ip addr add 10.0.0.1/24 dev "$one"
 there ip addr add 10.0.0.2/24 dev "$two"
 here ip link set "$one" up
@@ -48,11 +52,23 @@ pings() {
     grep -q "^$2 packets transmitted, $2 packets received, 0% packet loss" /tmp/pings
 }
 
-# transfer FROM TO ADDRESS PORT: 64 MiB by TCP.
+# Packets that one card has sent and the other has not received, in each direction.
+counter() {
+    "$1" sed -n "s/^ *$2: *//p" /proc/net/dev | awk -v field="$3" '{ print $field }'
+}
+missing() {
+    echo $(($(counter here "$one" 10) - $(counter there "$two" 2))) $(($(counter there "$two" 10) - $(counter here "$one" 2)))
+}
+missing_are() {
+    [ "$(missing)" = "$1" ]
+}
+
+# transfer FROM TO ADDRESS PORT: 64 MiB by TCP, without the loss of a packet.
 listens() {
     "$1" cat /proc/net/tcp /proc/net/tcp6 | grep -q "$(printf ':%04X 0*:0000 0A' "$2")"
 }
 transfer() {
+    before=$(missing)
     # The listener's input stays open, and so its half of the connection.
     "$2" timeout 60 nc -l -p "$4" <>/tmp/open >/tmp/got &
     receiver=$!
@@ -65,6 +81,7 @@ transfer() {
         cmp /tmp/data /tmp/got
         return 1
     fi
+    wait_for 5 missing_are "$before" || { echo "packets lost on the way, in each direction: $(missing)"; return 1; }
 }
 
 mkfifo /tmp/open
