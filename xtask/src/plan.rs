@@ -228,6 +228,7 @@ pub fn steps() -> Vec<Step> {
         Step::script("exchange", include_str!("../guest/exchange.sh"), &[ON_DEVICE]).each_transport(),
         Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]).within(120),
         Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).boot(Boot::VfioUser).within(120),
+        Step::script("vfio-user-igb", include_str!("../guest/vfio-user-igb.sh"), &[]).boot(Boot::VfioUser).within(180),
     ];
     steps.into_iter().flat_map(Step::each).collect()
 }
