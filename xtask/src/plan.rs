@@ -13,6 +13,8 @@
 //!
 //! A test that finds nothing to do and writes a line that begins with `skipped:` makes its step fail: here it has all it needs.
 //!
+//! `host device_del plug` and others of its kind have the host do something to the machine: see [`monitor`](crate::monitor).
+//!
 //! Programs are linked statically and built with the profile `guest`. In the guest a program is at `/bin/NAME` and a test at
 //! `/tests/PACKAGE.NAME`. `VFIO_URING_GUEST=1` is set, for tests that do nothing elsewhere.
 
@@ -212,6 +214,7 @@ impl Step {
 pub fn steps() -> Vec<Step> {
     let steps = vec![
         Step::program("guest", XTASK, &["guest-check"]).within(30),
+        Step::script("machine", include_str!("../guest/machine.sh"), &[]).within(120),
         Step::test("reactor", "vfio-uring", "reactor").within(120),
         Step::script("vfio-bind", include_str!("../guest/vfio-bind.sh"), &[]).devices(&[NVME, EDU]).each_transport(),
         kernel_vfio(Step::test("group", "vfio-uring", "vfio_group").on(Transport::Group))
