@@ -6,8 +6,8 @@
 //! - `device_del plug` asks the guest to let go of the device, and does not wait for that.
 //! - `device_add plug` puts it back; it waits until the guest has let go of the one before.
 //! - `set_link card0 on|off`, and `card1`: a network card's cable.
-//! - `aer card0 ERROR [correctable]`, and `card1`: the device reports an error of PCI Express, by QEMU's name for it (or its status
-//!   bit's number).
+//! - `aer card0 ERROR [correctable]`, and `card1`: the card reports an error of PCI Express, by the name that QEMU has for it, or its
+//!   bit of the status register, the latter for a correctable error.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(parse("device_add plug"), Some(Request::Plug));
         assert_eq!(parse("set_link card1 off"), Some(Request::Link("card1", false)));
         assert_eq!(parse("aer card0 COMP_ABORT"), Some(Request::Error("card0", "COMP_ABORT", false)));
-        assert_eq!(parse("aer card0 RCVR correctable"), Some(Request::Error("card0", "RCVR", true)));
+        assert_eq!(parse("aer card0 0x1 correctable"), Some(Request::Error("card0", "0x1", true)));
         for line in
             ["", "quit", "device_del nvme0", "device_del plug now", "set_link net0 on", "aer card0 x;quit", "aer nvme0 DLP"]
         {
