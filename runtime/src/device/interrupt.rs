@@ -13,7 +13,7 @@ use std::{
 use futures::Stream;
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
 
-use super::Inner;
+use super::{Inner, gate::Access};
 use crate::{
     Error, Result,
     reactor::op::{self, MultishotPoll},
@@ -159,6 +159,7 @@ pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32)
     // From here on a failure, or a dropped future, takes back what was assigned.
     let interrupts = (start..).zip(&fds).map(|(vector, fd)| Interrupt::new(device, irq, vector, fd));
     let interrupts = interrupts.collect::<Result<Vec<_>>>()?;
+    let _inside = device.gate.enter(Access::Control)?;
     device.transport.set_irqs(irq as u32, start, &fds).await?;
     Ok(interrupts)
 }

@@ -23,15 +23,18 @@
 mod address;
 mod bar;
 mod config;
+pub(crate) mod gate;
 mod interrupt;
 mod open;
 mod region;
+mod reset;
 
-use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Arc, time::Duration};
 
 pub use address::Address;
 pub use bar::{Bar, Posted};
 pub use config::ConfigSpace;
+pub use gate::{State, StateChange, StateChanges};
 pub use interrupt::{Interrupt, Irq};
 pub use region::{Region, index};
 
@@ -47,6 +50,7 @@ use crate::{
         vfio::{DeviceFd, VfToken},
     },
 };
+use gate::{Access, Gate};
 use open::{Opened, Seat, Way};
 use region::RegionState;
 
@@ -120,9 +124,16 @@ pub(crate) struct Inner {
     /// Vectors that an [`Interrupt`] has.
     vectors: RefCell<BTreeSet<(u32, u32)>>,
     regions: Vec<RegionState>,
+    gate: Arc<Gate>,
     transport: Transport,
     _seat: Option<Seat>,
     dma: AddressSpace,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.gate.close_for_good();
+    }
 }
 
 /// An open device: a handle, whose clones are the same device. It belongs to the reactor that it was opened on.
@@ -177,9 +188,10 @@ impl Device {
             Address::Group(bdf) => open::kernel(*bdf, Way::Group, options).await?,
             Address::Cdev(bdf) => open::kernel(*bdf, Way::Cdev, options).await?,
         };
-        let Opened { regions, transport, seat, dma, info, irqs } = opened;
+        let Opened { regions, gate, transport, seat, dma, info, irqs } = opened;
         let (address, vectors) = (address.clone(), RefCell::default());
-        Ok(Self { inner: Rc::new(Inner { address, info, irqs, vectors, regions, transport, _seat: seat, dma }) })
+        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, _seat: seat, dma };
+        Ok(Self { inner: Rc::new(inner) })
     }
 
     /// Where the device is.
@@ -220,7 +232,7 @@ impl Device {
         self.inner.transport.cause()
     }
 
-    /// Waits until the device is gone: its server has ended, or broke the protocol, or missed a deadline.
+    /// Waits until the device is gone: its server has ended, or broke the protocol, or missed a deadline; or it was taken away.
     pub async fn gone(&self) -> Error {
         self.inner.transport.until_gone().await
     }
@@ -273,18 +285,8 @@ impl Device {
     /// # Errors
     /// [`Error::Refused`] when the device says no.
     pub async fn unmask(&self, irq: Irq) -> Result<()> {
+        let _inside = self.inner.gate.enter(Access::Control)?;
         self.inner.transport.unmask_irqs(irq as u32, 0, 1).await
-    }
-
-    /// Resets the device. What it knew of queues and interrupts is lost, DMA mappings stay.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] when the device has no reset, [`Error::Refused`] when it failed.
-    pub async fn reset(&self) -> Result<()> {
-        if !self.inner.info.reset {
-            return Err(Error::Unsupported { what: "a reset".into() });
-        }
-        self.inner.transport.reset().await
     }
 
     /// Lets the device master the bus (do DMA, send MSIs) and decode its memory, or takes the former from it.

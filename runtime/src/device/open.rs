@@ -3,12 +3,13 @@
 use std::{
     path::Path,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use blocking::unblock;
 
-use super::{Address, DeviceInfo, FLAG_PCI, FLAG_RESET, IrqInfo, Options, region::RegionState};
+use super::{Address, DeviceInfo, FLAG_PCI, FLAG_RESET, IrqInfo, Options, gate::Gate, region::RegionState};
 use crate::{
     Error, Result,
     dma::{AddressSpace, Backend, IovaRange, Peers, overlaps, peers::Membership},
@@ -33,6 +34,7 @@ const CLOSING: Duration = Duration::from_millis(200);
 /// What a device is made of. In the order of closing: mappings of BARs, the device, its place in the address space, the space.
 pub(super) struct Opened {
     pub(super) regions: Vec<RegionState>,
+    pub(super) gate: Arc<Gate>,
     pub(super) transport: Transport,
     pub(super) seat: Option<Seat>,
     pub(super) dma: AddressSpace,
@@ -80,7 +82,9 @@ pub(super) async fn user(path: &Path, options: &Options) -> Result<Opened> {
         }
     };
     let seat = Some(Seat::User(member));
-    Ok(Opened { regions, transport: Transport::User(connection), seat, dma, info: info.into(), irqs })
+    let gate = Gate::of_user(&name());
+    connection.shut_with_it(&gate);
+    Ok(Opened { regions, gate, transport: Transport::User(connection), seat, dma, info: info.into(), irqs })
 }
 
 /// What a server refuses to describe, the device does not have.
@@ -144,10 +148,18 @@ pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Open
         })
         .collect();
     let by_group = matches!(place, Place::Group(..));
-    let attached = Rc::new(Attached::new(device, irqs.clone()));
+    let group = match &place {
+        Place::Group(container, number) => {
+            container.groups().into_iter().find_map(|(of, group)| (of == *number).then_some(group))
+        }
+        Place::Cdev(..) => None,
+    };
+    let gate = Gate::of_kernel(bdf, group);
+    let attached = Rc::new(Attached::new(device, irqs.clone(), gate.clone()));
     let transport = if by_group { Transport::Group(attached) } else { Transport::Cdev(attached) };
     let opened = Opened {
         regions,
+        gate,
         transport,
         seat: Some(Seat::Kernel(KernelSeat { place: Some(place), space: dma.clone() })),
         dma,
