@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::{Boot, EDU, IGB, NVME, NVME2};
+use crate::machine::{Boot, EDU, IGB, NVME, NVME2, PLUG};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -220,6 +220,12 @@ pub fn steps() -> Vec<Step> {
         kernel_vfio(Step::test("group", "vfio-uring", "vfio_group").on(Transport::Group))
             .args(&["--skip", "without_an_iommu"]),
         kernel_vfio(Step::test("cdev", "vfio-uring", "vfio_cdev").on(Transport::Cdev)),
+        Step::test("events", "vfio-uring", "vfio_events")
+            .devices(&[PLUG, IGB])
+            .each_transport()
+            .env("VFIO_URING_TEST_PLUG", PLUG)
+            .env("VFIO_URING_TEST_AER", IGB)
+            .within(240),
         Step::test("noiommu", "vfio-uring", "vfio_group")
             .on(Transport::Group)
             .args(&["without_an_iommu"])

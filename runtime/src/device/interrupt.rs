@@ -148,6 +148,9 @@ impl Drop for Interrupt {
 
 pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32) -> Result<Vec<Interrupt>> {
     let has = device.irqs.get(irq as usize).map_or(0, |info| info.count);
+    if matches!(irq, Irq::Error | Irq::Request) && device.transport.is_kernel() && has != 0 {
+        return Err(Error::invalid(format!("{irq:?} is taken: Device::events() tells of errors and removal requests")));
+    }
     if count == 0 || start.checked_add(count).is_none_or(|end| end > has) {
         return Err(Error::Unsupported { what: format!("{irq:?} vectors {start}+{count}: it has {has}") });
     }

@@ -23,10 +23,12 @@
 mod address;
 mod bar;
 mod config;
+mod events;
 pub(crate) mod gate;
 mod interrupt;
 mod open;
 mod region;
+mod removal;
 mod reset;
 
 use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Arc, time::Duration};
@@ -34,6 +36,7 @@ use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Arc, time::Du
 pub use address::Address;
 pub use bar::{Bar, Posted};
 pub use config::ConfigSpace;
+pub use events::{Event, Events, RemovalPolicy};
 pub use gate::{State, StateChange, StateChanges};
 pub use interrupt::{Interrupt, Irq};
 pub use region::{Region, index};
@@ -50,6 +53,7 @@ use crate::{
         vfio::{DeviceFd, VfToken},
     },
 };
+use events::Board;
 use gate::{Access, Gate};
 use open::{Opened, Seat, Way};
 use region::RegionState;
@@ -85,6 +89,8 @@ pub struct Options {
     /// Opens a device without an IOMMU, by its group: it can then write to any memory of the machine, and no memory can be
     /// mapped for it.
     pub no_iommu: bool,
+    /// What happens when the kernel asks the device back, to unbind or unplug it: the application has 5 s by default.
+    pub removal: RemovalPolicy,
 }
 
 impl Default for Options {
@@ -99,6 +105,7 @@ impl Default for Options {
             space: None,
             vf_token: None,
             no_iommu: false,
+            removal: RemovalPolicy::default(),
         }
     }
 }
@@ -126,7 +133,9 @@ pub(crate) struct Inner {
     regions: Vec<RegionState>,
     gate: Arc<Gate>,
     transport: Transport,
-    _seat: Option<Seat>,
+    /// `None` once the device is closed.
+    seat: RefCell<Option<Seat>>,
+    board: Rc<Board>,
     dma: AddressSpace,
 }
 
@@ -188,10 +197,15 @@ impl Device {
             Address::Group(bdf) => open::kernel(*bdf, Way::Group, options).await?,
             Address::Cdev(bdf) => open::kernel(*bdf, Way::Cdev, options).await?,
         };
-        let Opened { regions, gate, transport, seat, dma, info, irqs } = opened;
-        let (address, vectors) = (address.clone(), RefCell::default());
-        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, _seat: seat, dma };
-        Ok(Self { inner: Rc::new(inner) })
+        let Opened { regions, gate, transport, seat, dma, info, irqs, signals } = opened;
+        let (address, vectors, board) = (address.clone(), RefCell::default(), Rc::default());
+        let seat = RefCell::new(Some(seat));
+        let inner = Rc::new(Inner { address, info, irqs, vectors, regions, gate, transport, seat, board, dma });
+        if let Some(signals) = signals {
+            let (gate, board) = (inner.gate.clone(), inner.board.clone());
+            reactor::spawn(events::watch(Rc::downgrade(&inner), gate, board, signals, options.removal));
+        }
+        Ok(Self { inner })
     }
 
     /// Where the device is.
