@@ -63,6 +63,7 @@ impl Held {
         });
         assert!(ended.await.unwrap(), "an interrupt ends with the reason");
         // The memory is its owner's, as long as that likes.
+        self.memory.memory().write(0, &[1]).unwrap();
         let mut byte = [0];
         self.pages.memory().read(4096, &mut byte).unwrap();
         assert_eq!(byte, [7]);
