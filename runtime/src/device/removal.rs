@@ -49,6 +49,7 @@ pub(super) async fn give_up(device: Rc<Inner>, cause: Error) {
     if !device.board.begin_closing() {
         return device.board.until_closed().await;
     }
+    device.end_wakeups();
     match &device.transport {
         Transport::User(connection) => connection.close(cause),
         Transport::Group(attached) | Transport::Cdev(attached) => {

@@ -3,6 +3,7 @@
 
 mod events;
 mod fake;
+mod gate;
 mod hostile;
 mod interop;
 mod normal;

@@ -184,9 +184,11 @@ impl Gate {
         family
     }
 
-    /// The group that the device was opened by.
-    pub(crate) fn group(&self) -> Option<GroupFd> {
-        lock(&self.group).clone()
+    /// A group, if a device was opened by it.
+    pub(crate) fn of_group(number: u32) -> Option<GroupFd> {
+        let open = lock(&OPEN);
+        let mut groups = open.iter().filter_map(Weak::upgrade).filter_map(|gate| lock(&gate.group).clone());
+        groups.find(|group| group.number() == number)
     }
 
     pub(crate) fn has(&self, why: u64) -> bool {
@@ -252,6 +254,12 @@ impl Gate {
     /// Waits until the device is live.
     pub(crate) async fn live(self: &Arc<Self>) -> Result<()> {
         wait::live(self).await
+    }
+
+    /// Something that kept the device from being live is over.
+    pub(crate) fn lift(&self, why: u64) {
+        self.word.fetch_and(!why, Ordering::SeqCst);
+        self.wake();
     }
 
     /// The device is gone, for ever: its mappings too.
