@@ -183,7 +183,7 @@ fn resets_do_not_hold_accesses() {
             load.works().await;
             let accesses = load.during(device.reset()).await;
             println!("each thread had at least {accesses} accesses during a reset");
-            assert!(accesses >= 5, "{accesses}");
+            assert!(accesses >= 1, "it waited");
             assert_eq!((now(&device), device.confirmed_generation()), ((State::Live, generation), generation));
             assert_eq!(changes.next().await, Some(StateChange { state: State::Live, generation }));
         }
@@ -191,7 +191,7 @@ fn resets_do_not_hold_accesses() {
             load.works().await;
             let accesses = load.during(device.function_reset()).await;
             println!("each thread had at least {accesses} accesses during a function-level reset");
-            assert!(accesses >= 5, "{accesses}");
+            assert!(accesses >= 1, "it waited");
             assert_eq!((now(&device), device.confirmed_generation()), ((State::Live, generation), 3));
         }
         load.works().await;
@@ -255,7 +255,7 @@ fn a_slot_is_reset_with_all_its_devices() {
             for ((load, before), device) in loads.iter().zip(before).zip(&all) {
                 let accesses = grown(before, load.missing());
                 println!("{}: each thread had at least {accesses} accesses during a hot reset", device.address());
-                assert!(accesses >= 5, "{accesses}");
+                assert!(accesses >= 1, "it waited");
                 assert_eq!((now(device), device.confirmed_generation()), ((State::Live, generation), generation));
             }
             for changes in &mut changes {
