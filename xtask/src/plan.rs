@@ -233,7 +233,12 @@ pub fn steps() -> Vec<Step> {
             .devices(&[NVME])
             .env("VFIO_URING_TEST_NOIOMMU", NVME),
         Step::test("nvme", "vfio-uring-cli", "on_device").devices(&[NVME, NVME2]).each_transport().within(240),
-        Step::test("gate", "vfio-uring", "vfio_gate").devices(&[NVME, NVME2]).each_transport().within(240),
+        Step::test("gate", "vfio-uring", "vfio_gate")
+            .devices(&[IGB, NVME])
+            .env("VFIO_URING_TEST_GATE", NVME)
+            .env("VFIO_URING_TEST_IGB", IGB)
+            .each_transport()
+            .within(240),
         Step::script("exchange", include_str!("../guest/exchange.sh"), &[ON_DEVICE]).each_transport(),
         Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]).within(120),
         Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).boot(Boot::VfioUser).within(120),

@@ -1,7 +1,8 @@
 //! The gate of devices of the kernel: resets, memory decoding and power under the load of mapped accesses.
 //!
-//! `VFIO_URING_DEVICES` names PCI functions that are bound to vfio-pci, with commas between: NVMe controllers, of which the last two
-//! may share a slot. `VFIO_URING_TRANSPORT` says `group` or `cdev`. Without them the tests pass without doing anything, and say so.
+//! `VFIO_URING_TEST_GATE` names PCI functions that are bound to vfio-pci, with commas between: NVMe controllers, of which the last two
+//! may share a slot; `VFIO_URING_TEST_IGB` a network card of the kind 82576, whose interrupts are tried. `VFIO_URING_TRANSPORT` says
+//! `group` or `cdev`. Without them the tests pass without doing anything, and say so.
 
 use std::{
     env, fs,
@@ -13,24 +14,25 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use vfio_uring::{
     Error,
-    device::{Device, Options, PowerState, State, StateChange},
+    device::{Device, Irq, Options, PowerState, State, StateChange},
     mmio::Register,
     reactor::{Reactor, sleep, spawn, timeout},
 };
 
 /// Registers of NVMe, of BAR 0: one that never changes, and one that a reset clears.
 const VERSION: u64 = 0x08;
-const ADMIN_QUEUES: u64 = 0x24;
-const QUEUES: u32 = 0x001f_001f;
+const CONTROL: u64 = 0x14;
+/// Entries of control have 64 and 16 bytes; the controller stays off.
+const ENTRIES: u32 = 0x0046_0000;
 const THREADS: usize = 4;
 
 /// Runs a test with the names of the devices; they are one test's at a time.
 fn run(test: impl AsyncFnOnce(&[String])) {
     static TURN: Mutex<()> = Mutex::new(());
-    let Ok(devices) = env::var("VFIO_URING_DEVICES") else { return eprintln!("skipped: VFIO_URING_DEVICES is not set") };
+    let Ok(devices) = env::var("VFIO_URING_TEST_GATE") else { return eprintln!("skipped: VFIO_URING_TEST_GATE is not set") };
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let devices: Vec<_> = devices.split(',').map(String::from).collect();
     let limited = async { timeout(Duration::from_secs(100), test(&devices)).await.expect("no hang") };
@@ -72,12 +74,12 @@ struct Load {
 
 impl Load {
     fn on(device: &Device) -> Self {
-        let (version, queues) = (register(device, VERSION), register(device, ADMIN_QUEUES));
+        let (version, control) = (register(device, VERSION), register(device, CONTROL));
         let value = version.try_read().unwrap();
         assert!(value >= 0x1_0000 && value != u32::MAX, "{value:#x}");
         let seen = Arc::<Seen>::default();
         let work = |at: usize| {
-            let (version, queues, seen) = (version.clone(), queues.clone(), seen.clone());
+            let (version, control, seen) = (version.clone(), control.clone(), seen.clone());
             thread::spawn(move || {
                 while !seen.stop.load(Ordering::Relaxed) {
                     match version.try_read() {
@@ -89,8 +91,8 @@ impl Load {
                             seen.missing[at].fetch_add(1, Ordering::Relaxed);
                         }
                     }
-                    queues.write(QUEUES);
-                    assert!(matches!(queues.read(), 0 | QUEUES | u32::MAX));
+                    control.write(ENTRIES);
+                    assert!(matches!(control.read(), 0 | ENTRIES | u32::MAX));
                 }
             })
         };
@@ -181,7 +183,7 @@ fn resets_do_not_hold_accesses() {
             load.works().await;
             let accesses = load.during(device.reset()).await;
             println!("each thread had at least {accesses} accesses during a reset");
-            assert!(accesses >= 5, "{accesses}");
+            assert!(accesses >= 1, "it waited");
             assert_eq!((now(&device), device.confirmed_generation()), ((State::Live, generation), generation));
             assert_eq!(changes.next().await, Some(StateChange { state: State::Live, generation }));
         }
@@ -189,7 +191,7 @@ fn resets_do_not_hold_accesses() {
             load.works().await;
             let accesses = load.during(device.function_reset()).await;
             println!("each thread had at least {accesses} accesses during a function-level reset");
-            assert!(accesses >= 5, "{accesses}");
+            assert!(accesses >= 1, "it waited");
             assert_eq!((now(&device), device.confirmed_generation()), ((State::Live, generation), 3));
         }
         load.works().await;
@@ -202,18 +204,18 @@ fn resets_do_not_hold_accesses() {
 fn each_reset_is_one() {
     run(async |devices| {
         let device = open(&devices[0]).await;
-        let (queues, config) = (register(&device, ADMIN_QUEUES), device.config());
+        let (control, config) = (register(&device, CONTROL), device.config());
         let before = config.read::<u16>(4).await.unwrap();
         assert_eq!(before & 6, 6);
         for way in 0..3 {
-            queues.try_write(QUEUES).unwrap();
-            assert_eq!(queues.try_read(), Ok(QUEUES));
+            control.try_write(ENTRIES).unwrap();
+            assert_eq!(control.try_read(), Ok(ENTRIES));
             match way {
                 0 => device.reset().await.unwrap(),
                 1 => device.function_reset().await.unwrap(),
                 _ => device.hot_reset().await.unwrap(),
             }
-            assert_eq!((queues.try_read(), config.read::<u16>(4).await.unwrap()), (Ok(0), before), "{way}");
+            assert_eq!((control.try_read(), config.read::<u16>(4).await.unwrap()), (Ok(0), before), "{way}");
         }
         // Given up at once or midway, a reset leaves a device that works.
         for pause in [0, 1, 20] {
@@ -224,7 +226,7 @@ fn each_reset_is_one() {
             sleep(Duration::from_millis(pause)).await;
             resetting.abort();
             device.live().await.unwrap();
-            assert_eq!(queues.try_read(), Ok(0));
+            assert_eq!(control.try_read(), Ok(0));
         }
     });
 }
@@ -253,7 +255,7 @@ fn a_slot_is_reset_with_all_its_devices() {
             for ((load, before), device) in loads.iter().zip(before).zip(&all) {
                 let accesses = grown(before, load.missing());
                 println!("{}: each thread had at least {accesses} accesses during a hot reset", device.address());
-                assert!(accesses >= 5, "{accesses}");
+                assert!(accesses >= 1, "it waited");
                 assert_eq!((now(device), device.confirmed_generation()), ((State::Live, generation), generation));
             }
             for changes in &mut changes {
@@ -264,6 +266,37 @@ fn a_slot_is_reset_with_all_its_devices() {
             load.works().await;
             load.end();
         }
+    });
+}
+
+/// Registers of the 82576: message-signalled interrupts of its own, the mask, and the one that sets causes.
+const GPIE: u64 = 0x1514;
+const EICS: u64 = 0x1520;
+const EIMS: u64 = 0x1524;
+
+/// The kernel restores the vectors, and the eventfds are still bound.
+#[test]
+fn interrupts_outlive_a_reset() {
+    let Ok(card) = env::var("VFIO_URING_TEST_IGB") else { return eprintln!("skipped: VFIO_URING_TEST_IGB is not set") };
+    run(async |_| {
+        let device = open(&card).await;
+        let bar = device.bar(0).unwrap();
+        let mut interrupts = device.interrupts(Irq::MsiX, 0, 1).await.unwrap();
+        for generation in 0..3 {
+            assert_eq!(now(&device), (State::Live, generation));
+            bar.write::<u32>(GPIE, 0x10).await.unwrap();
+            bar.write::<u32>(EIMS, 1).await.unwrap();
+            let count = async {
+                bar.write::<u32>(EICS, 1).await.unwrap();
+                interrupts[0].take_count().await.unwrap()
+            };
+            assert!(timeout(Duration::from_secs(20), count).await.expect("an interrupt") >= 1);
+            match generation {
+                0 => device.reset().await.unwrap(),
+                _ => device.function_reset().await.unwrap(),
+            }
+        }
+        assert!(interrupts.remove(0).next().now_or_never().is_none());
     });
 }
 
