@@ -1,6 +1,7 @@
 //! A space whose last device is taken away.
 
-use super::{vacate::Presence, *};
+use super::*;
+use crate::dma::vacate::Presence;
 
 fn gone(result: Result<Arc<Mapping>>) {
     assert!(matches!(result, Err(Error::Gone { .. })), "{result:?}");
