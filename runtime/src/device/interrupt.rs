@@ -30,9 +30,9 @@ pub enum Irq {
     Msi = 1,
     /// MSI-X.
     MsiX = 2,
-    /// An error of the device or its link.
+    /// An error of the device or its link. Of a device of the kernel [`Device::events`](super::Device::events) tells it.
     Error = 3,
-    /// The device is asked back.
+    /// The device is asked back; as above.
     Request = 4,
 }
 
@@ -148,6 +148,9 @@ impl Drop for Interrupt {
 
 pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32) -> Result<Vec<Interrupt>> {
     let has = device.irqs.get(irq as usize).map_or(0, |info| info.count);
+    if matches!(irq, Irq::Error | Irq::Request) && device.transport.is_kernel() && has != 0 {
+        return Err(Error::invalid(format!("{irq:?} is taken: Device::events() tells of errors and removal requests")));
+    }
     if count == 0 || start.checked_add(count).is_none_or(|end| end > has) {
         return Err(Error::Unsupported { what: format!("{irq:?} vectors {start}+{count}: it has {has}") });
     }
@@ -160,6 +163,6 @@ pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32)
     let interrupts = (start..).zip(&fds).map(|(vector, fd)| Interrupt::new(device, irq, vector, fd));
     let interrupts = interrupts.collect::<Result<Vec<_>>>()?;
     let _inside = device.gate.enter(Access::Control)?;
-    device.transport.set_irqs(irq as u32, start, &fds).await?;
+    device.transport.set_irqs(irq as u32, start, &fds).await.map_err(|error| device.explain(error))?;
     Ok(interrupts)
 }

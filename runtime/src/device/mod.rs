@@ -24,12 +24,14 @@ mod address;
 mod bar;
 mod config;
 mod effects;
+mod events;
 pub(crate) mod gate;
 mod hot_reset;
 mod interrupt;
 mod open;
 mod power;
 mod region;
+mod removal;
 mod reset;
 
 use std::{
@@ -44,6 +46,7 @@ use std::{
 pub use address::Address;
 pub use bar::{Bar, Posted};
 pub use config::ConfigSpace;
+pub use events::{Event, Events, RemovalPolicy};
 pub use gate::{State, StateChange, StateChanges};
 pub use interrupt::{Interrupt, Irq};
 pub use power::{PowerState, Wakeup};
@@ -62,6 +65,7 @@ use crate::{
     },
 };
 use effects::Places;
+use events::Board;
 use gate::{Access, Gate};
 use open::{Opened, Seat, Way};
 use region::RegionState;
@@ -97,6 +101,8 @@ pub struct Options {
     /// Opens a device without an IOMMU, by its group: it can then write to any memory of the machine, and no memory can be
     /// mapped for it.
     pub no_iommu: bool,
+    /// What happens when the kernel asks the device back, to unbind or unplug it: the application has 5 s by default.
+    pub removal: RemovalPolicy,
 }
 
 impl Default for Options {
@@ -111,6 +117,7 @@ impl Default for Options {
             space: None,
             vf_token: None,
             no_iommu: false,
+            removal: RemovalPolicy::default(),
         }
     }
 }
@@ -138,7 +145,9 @@ pub(crate) struct Inner {
     regions: Vec<RegionState>,
     gate: Arc<Gate>,
     transport: Transport,
-    _seat: Option<Seat>,
+    /// `None` once the device is closed.
+    seat: RefCell<Option<Seat>>,
+    board: Rc<Board>,
     dma: AddressSpace,
     /// What of configuration space the gate has to know, once it was looked for.
     places: OnceCell<Places>,
@@ -205,11 +214,16 @@ impl Device {
             Address::Group(bdf) => open::kernel(*bdf, Way::Group, options).await?,
             Address::Cdev(bdf) => open::kernel(*bdf, Way::Cdev, options).await?,
         };
-        let Opened { regions, gate, transport, seat, dma, info, irqs } = opened;
-        let (address, vectors) = (address.clone(), RefCell::default());
-        let (places, wakeups) = Default::default();
-        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, _seat: seat, dma, places, wakeups };
-        Ok(Self { inner: Rc::new(inner) })
+        let Opened { regions, gate, transport, seat, dma, info, irqs, signals } = opened;
+        let (address, vectors, board) = (address.clone(), RefCell::default(), Rc::default());
+        let (seat, places, wakeups) = (RefCell::new(Some(seat)), Default::default(), Default::default());
+        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, seat, board, dma, places, wakeups };
+        let inner = Rc::new(inner);
+        if let Some(signals) = signals {
+            let (gate, board) = (inner.gate.clone(), inner.board.clone());
+            reactor::spawn(events::watch(Rc::downgrade(&inner), gate, board, signals, options.removal));
+        }
+        Ok(Self { inner })
     }
 
     /// Where the device is.

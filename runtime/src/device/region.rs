@@ -210,7 +210,7 @@ impl Region {
     pub async fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
         self.check(offset, to.len())?;
         let _inside = self.device.gate.enter(self.access())?;
-        self.device.transport.read(self.place(offset), to).await
+        self.device.transport.read(self.place(offset), to).await.map_err(|error| self.device.explain(error))
     }
 
     /// Writes `from` at `offset`, always by messages.
@@ -226,7 +226,7 @@ impl Region {
             return self.device.write_config(self.place(offset), from).await;
         }
         let _inside = self.device.gate.enter(self.access())?;
-        self.device.transport.write(self.place(offset), from).await
+        self.device.transport.write(self.place(offset), from).await.map_err(|error| self.device.explain(error))
     }
 
     pub(super) async fn read_value<T: Value>(&self, offset: u64) -> Result<T> {

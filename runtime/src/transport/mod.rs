@@ -71,6 +71,10 @@ impl Transport {
         }
     }
 
+    pub(crate) fn is_kernel(&self) -> bool {
+        !matches!(self, Self::User(_))
+    }
+
     /// Why the device is gone, if it is.
     pub(crate) fn cause(&self) -> Option<Error> {
         match self {

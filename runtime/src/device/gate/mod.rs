@@ -146,6 +146,10 @@ impl Gate {
     pub(crate) fn of_kernel(bdf: Bdf, group: Option<GroupFd>) -> Arc<Self> {
         let mut gate = Self::new(&bdf.to_string(), Some(bdf), why::GONE | why::CLOSED);
         gate.group = Mutex::new(group);
+        // Opened a second time, it is as it was.
+        let lasting = why::MEMORY_OFF | why::SLEEPING | why::LOW_POWER;
+        let now = Self::at(bdf).iter().fold(0, |now, other| now | other.word.load(Ordering::SeqCst) & lasting);
+        gate.word = AtomicU64::new(now);
         let gate = Arc::new(gate);
         let mut open = lock(&OPEN);
         open.retain(|gate| gate.strong_count() != 0);
@@ -262,7 +266,8 @@ impl Gate {
         self.wake();
     }
 
-    /// The device is gone, for ever: its mappings too.
+    /// The device is gone, for ever: its mappings too. For a device of the kernel not on the reactor's thread: taking a mapping away
+    /// waits for the page faults in it, which may wait for a reset by another process.
     pub(crate) fn end(&self, cause: Error) {
         let _ = self.cause.set(cause);
         if self.word.fetch_or(why::GONE, Ordering::SeqCst) & why::GONE == 0 {

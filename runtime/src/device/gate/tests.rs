@@ -57,7 +57,7 @@ fn states_follow_their_reasons() {
     assert_eq!(gate.state(), State::Resetting);
     assert!(reason(Access::Control).is_some_and(|why| why.contains("being reset")));
     gate.end(Error::Timeout { what: "it".into(), after: LIMIT });
-    gate.lift(!0 & !why::GONE & 0xffff);
+    gate.lift(!why::GONE & 0xffff);
     assert_eq!(gate.state(), State::Gone);
     assert!(matches!(gate.cause(), Some(Error::Timeout { .. })));
     assert!(matches!(gate.enter(Access::Control), Err(Error::Gone { .. })));

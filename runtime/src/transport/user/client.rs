@@ -103,6 +103,11 @@ impl Connection {
         self.link.serve(space.downgrade());
     }
 
+    /// Ends the connection.
+    pub(crate) fn close(&self, cause: Error) {
+        self.link.fail(cause);
+    }
+
     /// The gate of the device behind it, which is gone with it.
     pub(crate) fn shut_with_it(&self, gate: &Arc<Gate>) {
         self.link.shut_with_it(gate);
