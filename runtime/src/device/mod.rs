@@ -27,7 +27,7 @@ mod interrupt;
 mod open;
 mod region;
 
-use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Arc, time::Duration};
 
 pub use address::Address;
 pub use bar::{Bar, Posted};
@@ -43,6 +43,8 @@ use crate::{
     reactor::{self, timeout},
     transport::{
         Transport,
+        cdev::Bound,
+        iommufd::Ioas,
         user::{client::Connection, protocol::DeviceInfo as ProtocolInfo},
         vfio::{DeviceFd, VfToken},
     },
@@ -121,7 +123,7 @@ pub(crate) struct Inner {
     vectors: RefCell<BTreeSet<(u32, u32)>>,
     regions: Vec<RegionState>,
     transport: Transport,
-    _seat: Option<Seat>,
+    seat: Option<Seat>,
     dma: AddressSpace,
 }
 
@@ -179,7 +181,7 @@ impl Device {
         };
         let Opened { regions, transport, seat, dma, info, irqs } = opened;
         let (address, vectors) = (address.clone(), RefCell::default());
-        Ok(Self { inner: Rc::new(Inner { address, info, irqs, vectors, regions, transport, _seat: seat, dma }) })
+        Ok(Self { inner: Rc::new(Inner { address, info, irqs, vectors, regions, transport, seat, dma }) })
     }
 
     /// Where the device is.
@@ -207,6 +209,11 @@ impl Device {
             Transport::User(_) => None,
             Transport::Group(attached) | Transport::Cdev(attached) => Some(attached.device()),
         }
+    }
+
+    /// The device and its address space, where it is opened by its cdev.
+    pub(crate) fn cdev(&self) -> Option<(Arc<Bound>, Ioas)> {
+        self.inner.seat.as_ref()?.cdev()
     }
 
     /// The memory that the device sees.

@@ -3,6 +3,7 @@
 use std::{
     path::Path,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -173,7 +174,7 @@ enum Host {
 /// A device's place in an address space of the kernel.
 enum Place {
     Group(Container, u32),
-    Cdev(Bound, Ioas),
+    Cdev(Arc<Bound>, Ioas),
 }
 
 impl Place {
@@ -219,10 +220,19 @@ impl Place {
 }
 
 /// Gives a place up after its device is closed, and lets those that stay have what it kept from them.
-#[expect(dead_code, reason = "they are there to be dropped")]
 pub(super) enum Seat {
     Kernel(KernelSeat),
-    User(Membership),
+    User(#[expect(dead_code, reason = "it is there to be dropped")] Membership),
+}
+
+impl Seat {
+    /// The device and its address space, where it is opened by its cdev.
+    pub(super) fn cdev(&self) -> Option<(Arc<Bound>, Ioas)> {
+        match self {
+            Self::Kernel(KernelSeat { place: Some(Place::Cdev(bound, ioas)), .. }) => Some((bound.clone(), ioas.clone())),
+            _ => None,
+        }
+    }
 }
 
 pub(super) struct KernelSeat {
@@ -294,7 +304,7 @@ fn seat(bdf: Bdf, way: Way, host: Option<Host>, token: Option<&VfToken>, no_iomm
         if let Err(error) = bound.attach(&ioas) {
             return Err(Refusal::Reserves(bound.reserved().to_vec(), error));
         }
-        (bound.device().clone(), Place::Cdev(bound, ioas))
+        (bound.device().clone(), Place::Cdev(Arc::new(bound), ioas))
     } else {
         let Some(group) = found.group.as_ref().map(|group| group.id) else {
             let obstacles = pci.obstacles(&found);

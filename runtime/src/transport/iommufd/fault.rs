@@ -93,8 +93,13 @@ impl Closed {
     }
 
     /// Leaves it to the end of its context.
+    pub(crate) fn forget(self) {
+        self.0.forget();
+    }
+
+    /// [`Closed::forget`] after a failure.
     pub(crate) fn leak((closed, error): (Self, Error)) -> Error {
-        closed.0.forget();
+        closed.forget();
         error
     }
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{Error, Result};
 
-const _: () = assert!(size_of::<abi::iommuviommu_alloc>() == 40);
+const _: () = assert!(size_of::<abi::iommu_viommu_alloc>() == 40);
 const _: () = assert!(size_of::<abi::iommu_vdevice_alloc>() == 24);
 const _: () = assert!(size_of::<abi::iommu_veventq_alloc>() == 32);
 
@@ -31,14 +31,14 @@ struct Inner {
 
 impl Viommu {
     /// Makes one over the IOMMU of the device. `parent` was made with [`HwptFlags::NEST_PARENT`](super::HwptFlags::NEST_PARENT);
-    /// `number` is the kernel's for the IOMMU's kind (`enum iommuviommu_type`: 1 is ARM's SMMUv3).
+    /// `number` is the kernel's for the IOMMU's kind (`enum iommu_viommu_type`: 1 is ARM's SMMUv3).
     ///
     /// # Errors
     /// [`Error::Unsupported`] where this IOMMU or kernel can't, [`Error::Invalid`] for a table that is no parent, else
     /// [`Error::Io`].
     pub fn alloc(device_id: u32, parent: Hwpt, number: u32) -> Result<Self> {
         let context = parent.ioas().context().clone();
-        let mut arg = abi::iommuviommu_alloc {
+        let mut arg = abi::iommu_viommu_alloc {
             type_: number,
             dev_id: device_id,
             hwpt_id: parent.id(),
@@ -48,7 +48,7 @@ impl Viommu {
         context
             .call(abi::IOMMUFD_CMD_VIOMMU_ALLOC, &mut arg)
             .map_err(|errno| refused(format!("a virtual IOMMU of type {number:#x}"), "6.13", errno))?;
-        let object = Object { context, id: arg.outviommu_id, kind: Kind::Viommu };
+        let object = Object { context, id: arg.out_viommu_id, kind: Kind::Viommu };
         Ok(Self(Arc::new(Inner { object, parent })))
     }
 
