@@ -217,6 +217,10 @@ pub fn steps() -> Vec<Step> {
         kernel_vfio(Step::test("group", "vfio-uring", "vfio_group").on(Transport::Group))
             .args(&["--skip", "without_an_iommu"]),
         kernel_vfio(Step::test("cdev", "vfio-uring", "vfio_cdev").on(Transport::Cdev)),
+        Step::test("faults", "vfio-uring", "iommufd_faults")
+            .on(Transport::Cdev)
+            .devices(&[NVME])
+            .env("VFIO_URING_TEST_BDF", NVME),
         Step::test("noiommu", "vfio-uring", "vfio_group")
             .on(Transport::Group)
             .args(&["without_an_iommu"])

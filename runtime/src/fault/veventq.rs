@@ -116,7 +116,8 @@ pub fn parse(mut bytes: &[u8], data_len: usize) -> Result<Vec<Record<'_>>> {
         let Some((header, rest)) = bytes.split_first_chunk::<HEADER_SIZE>() else {
             return Err(fault(records.len(), format_args!("has {} bytes of a header", bytes.len())));
         };
-        let [flags, sequence] = [0, 4].map(|at| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
+        let [flags, sequence] =
+            [0, 4].map(|at| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
         if flags & !LOST_EVENTS != 0 {
             return Err(fault(records.len(), format_args!("has unknown flags ({flags:#x})")));
         }
@@ -230,7 +231,10 @@ impl VirtualEvents {
             Ok(0) => return Ok(false),
             Ok(read) => read,
             Err(Errno::INVAL) => {
-                return Err(Error::fault(format!("an event of a virtual IOMMU has more than {} bytes of data", self.data_len)));
+                return Err(Error::fault(format!(
+                    "an event of a virtual IOMMU has more than {} bytes of data",
+                    self.data_len
+                )));
             }
             Err(errno) => return Err(Error::io("reading events of a virtual IOMMU", errno)),
         };
@@ -307,7 +311,8 @@ mod tests {
 
     #[test]
     fn losses_are_counted_by_the_numbers() {
-        let all = [event(0, 0, b"abcd"), event(0, 3, b"efgh"), event(1, 5, b""), event(0, 6, b"ijkl"), event(1, 7, b"")].concat();
+        let all =
+            [event(0, 0, b"abcd"), event(0, 3, b"efgh"), event(1, 5, b""), event(0, 6, b"ijkl"), event(1, 7, b"")].concat();
         let records = parse(&all, 4).unwrap();
         let data: Vec<_> = records.iter().map(|record| record.data).collect();
         assert_eq!(data, [Some(&b"abcd"[..]), Some(b"efgh"), None, Some(b"ijkl"), None]);

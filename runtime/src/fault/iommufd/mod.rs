@@ -351,7 +351,9 @@ impl Shared {
         for (group, answer) in answers {
             let cookie = match group.queue == self.queue {
                 true => waiting.cookie(group.key),
-                false => return Err(Error::invalid("an answer to page requests of another fault queue: give it to that one")),
+                false => {
+                    return Err(Error::invalid("an answer to page requests of another fault queue: give it to that one"));
+                }
             };
             let Some(cookie) = cookie.filter(|_| keys.insert(group.key)) else {
                 return Err(Error::invalid(
@@ -364,7 +366,8 @@ impl Shared {
                 Answer::Invalid => true,
                 Answer::Failure => {
                     return Err(Error::Unsupported {
-                        what: "answering page requests with Failure through iommufd; answer Invalid, and detach the device".into(),
+                        what: "answering page requests with Failure through iommufd; answer Invalid, and detach the device"
+                            .into(),
                     });
                 }
             };

@@ -49,19 +49,15 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Group>> {
         let record = Record::parse(record, number)?;
         let (mut group, index) = match open.take() {
             Some(open) => open,
-            None => {
-                (Group { cookie: record.cookie, device_id: record.device_id, faults: Vec::new() }, record.request.group_index)
-            }
+            None => (
+                Group { cookie: record.cookie, device_id: record.device_id, faults: Vec::new() },
+                record.request.group_index,
+            ),
         };
-        let (ours, its) = (
-            (group.cookie, group.device_id, index),
-            (record.cookie, record.device_id, record.request.group_index),
-        );
+        let (ours, its) =
+            ((group.cookie, group.device_id, index), (record.cookie, record.device_id, record.request.group_index));
         if ours != its {
-            return Err(fault(
-                number,
-                format_args!("cookie, device and group index {its:?} in a group that has {ours:?}"),
-            ));
+            return Err(fault(number, format_args!("cookie, device and group index {its:?} in a group that has {ours:?}")));
         }
         group.faults.push(Fault::PageRequest(record.request));
         if record.last {
@@ -126,8 +122,7 @@ impl Record {
         if let Some(pasid) = pasid.filter(|pasid| *pasid > MAX_PASID) {
             return Err(fault(number, format_args!("PASID {pasid:#x}, above {MAX_PASID:#x}")));
         }
-        let request =
-            PageRequest { pasid, group_index, permissions, address, length: word(bytes, 32), private_data: None };
+        let request = PageRequest { pasid, group_index, permissions, address, length: word(bytes, 32), private_data: None };
         Ok(Self { cookie: word(bytes, 36), device_id, last: flags & LAST_PAGE != 0, request })
     }
 }

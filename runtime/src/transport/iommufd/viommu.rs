@@ -67,12 +67,8 @@ impl Viommu {
     /// # Errors
     /// [`Error::Invalid`] for a device of another IOMMU, or a number that is taken; else [`Error::Io`].
     pub fn add_device(&self, device_id: u32, virtual_id: u64) -> Result<Vdevice> {
-        let mut arg = abi::iommu_vdevice_alloc {
-            viommu_id: self.id(),
-            dev_id: device_id,
-            virt_id: virtual_id,
-            ..Default::default()
-        };
+        let mut arg =
+            abi::iommu_vdevice_alloc { viommu_id: self.id(), dev_id: device_id, virt_id: virtual_id, ..Default::default() };
         let context = &self.0.object.context;
         context
             .call(abi::IOMMUFD_CMD_VDEVICE_ALLOC, &mut arg)
@@ -130,12 +126,8 @@ impl VeventObject {
         if !(1..=MAX_DEPTH).contains(&depth) {
             return Err(Error::invalid(format!("a queue of {depth} events: 1 to {MAX_DEPTH} are possible")));
         }
-        let mut arg = abi::iommu_veventq_alloc {
-            viommu_id: viommu.id(),
-            type_: number,
-            veventq_depth: depth,
-            ..Default::default()
-        };
+        let mut arg =
+            abi::iommu_veventq_alloc { viommu_id: viommu.id(), type_: number, veventq_depth: depth, ..Default::default() };
         let context = &viommu.0.object.context;
         let what = || format!("a queue of events of type {number:#x}");
         context.call(abi::IOMMUFD_CMD_VEVENTQ_ALLOC, &mut arg).map_err(|errno| match errno {
