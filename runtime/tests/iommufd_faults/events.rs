@@ -52,7 +52,7 @@ fn lost_events_are_counted() {
         assert!(matches!(error, Error::InUse { .. }), "{error}");
         let error = VirtualEvents::open(&viommu, KIND, 0).unwrap_err();
         assert!(matches!(error, Error::Invalid { .. }), "{error}");
-        let error = VirtualEvents::open(&viommu, EventType::ArmSmmuV3, 4).unwrap_err();
+        let error = VirtualEvents::open(&viommu, EventType::Other { number: 0, data_len: 4 }, 4).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
 
         // Waited for by the ring.
