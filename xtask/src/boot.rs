@@ -19,12 +19,8 @@ use anyhow::{Context, Result, bail};
 use crate::{
     binaries::Built,
     initramfs::Archive,
-<<<<<<< HEAD
-    machine::{Accel, Boot, DEVICES, DISK, DISKS},
-=======
-    machine::{Accel, Boot, CHANNEL, DEVICES, DISK, DISKS, MONITOR, SOCKET},
+    machine::{Accel, Boot, CHANNEL, DEVICES, DISK, DISKS, MONITOR},
     monitor,
->>>>>>> vm
     plan::{COMMAND, Step},
     qemu::Qemu,
     report::{Event, Outcome, Reader},

@@ -226,6 +226,10 @@ pub fn steps() -> Vec<Step> {
             .env("VFIO_URING_TEST_PLUG", PLUG)
             .env("VFIO_URING_TEST_AER", IGB)
             .within(240),
+        Step::test("faults", "vfio-uring", "iommufd_faults")
+            .on(Transport::Cdev)
+            .devices(&[NVME])
+            .env("VFIO_URING_TEST_BDF", NVME),
         Step::test("noiommu", "vfio-uring", "vfio_group")
             .on(Transport::Group)
             .args(&["without_an_iommu"])

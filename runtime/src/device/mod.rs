@@ -60,6 +60,8 @@ use crate::{
     reactor::{self, JoinHandle, timeout},
     transport::{
         Transport,
+        cdev::Bound,
+        iommufd::Ioas,
         user::{client::Connection, protocol::DeviceInfo as ProtocolInfo},
         vfio::{DeviceFd, VfToken},
     },
@@ -251,6 +253,11 @@ impl Device {
             Transport::User(_) => None,
             Transport::Group(attached) | Transport::Cdev(attached) => Some(attached.device()),
         }
+    }
+
+    /// The device and its address space, where it is opened by its cdev.
+    pub(crate) fn cdev(&self) -> Option<(Arc<Bound>, Ioas)> {
+        self.inner.seat.borrow().as_ref()?.cdev()
     }
 
     /// The memory that the device sees.
