@@ -237,7 +237,11 @@ pub fn steps() -> Vec<Step> {
             .devices(&[NVME])
             .env("VFIO_URING_TEST_NOIOMMU", NVME),
         Step::test("nvme", "vfio-uring-cli", "on_device").devices(&[NVME, NVME2]).each_transport().within(240),
-        Step::test("revoked", "vfio-uring-cli", "revoked").devices(&[NVME, NVME2]).each_transport().within(120),
+        Step::test("revoked", "vfio-uring-cli", "revoked")
+            .devices(&[NVME, PLUG])
+            .each_transport()
+            .env("VFIO_URING_TEST_PLUG", PLUG)
+            .within(240),
         Step::test("gate", "vfio-uring", "vfio_gate")
             .devices(&[IGB, NVME])
             .env("VFIO_URING_TEST_GATE", NVME)
