@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::{Boot, EDU, IGB, NVME, NVME2, PLUG};
+use crate::machine::{Boot, EDU, IGB, NVME, NVME2, PAIR, PAIR2, PLUG};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -243,8 +243,8 @@ pub fn steps() -> Vec<Step> {
             .env("VFIO_URING_TEST_PLUG", PLUG)
             .within(240),
         Step::test("gate", "vfio-uring", "vfio_gate")
-            .devices(&[IGB, NVME])
-            .env("VFIO_URING_TEST_GATE", NVME)
+            .devices(&[IGB, NVME, PAIR, PAIR2])
+            .env("VFIO_URING_TEST_GATE", &[NVME, PAIR, PAIR2].join(","))
             .env("VFIO_URING_TEST_IGB", IGB)
             .each_transport()
             .within(240),
