@@ -37,7 +37,7 @@ impl Load {
         let mut tasks = Vec::new();
         for (number, queue) in (0..).zip(&queues) {
             for lane in 0..DEPTH as u64 {
-                let ns = queue.namespace(2).unwrap();
+                let ns = queue.namespace(1).unwrap();
                 tasks.push(spawn(io(ns, pool.clone(), 64 + number * DEPTH as u64 + lane, done.clone())));
             }
         }
@@ -83,7 +83,8 @@ fn is_unavailable(error: &Error) -> bool {
     matches!(cause(error), Error::Runtime(error) if matches!(**error, Runtime::MmioUnavailable { .. } | Runtime::Unavailable { .. }))
 }
 
-async fn io(ns: Namespace, pool: Pool, lba: u64, done: Rc<Cell<u64>>) -> Error {
+async fn io(ns: Namespace, pool: Pool, page: u64, done: Rc<Cell<u64>>) -> Error {
+    let lba = page * (PAGE / ns.block_size()) as u64;
     let mut buf = pool.alloc(PAGE).unwrap();
     loop {
         fill(&mut buf, lba);
