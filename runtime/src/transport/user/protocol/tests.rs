@@ -52,8 +52,8 @@ fn type_and_msix_capabilities() {
 
 #[test]
 fn vectors_that_may_be_added() {
-    assert!(IrqInfo { flags: 1, count: 65 }.is_resizable());
-    assert!(!IrqInfo { flags: 9, count: 1 }.is_resizable());
+    assert!(IrqInfo { flags: 1, count: 65, type_: None }.is_resizable());
+    assert!(!IrqInfo { flags: 9, count: 1, type_: None }.is_resizable());
 }
 
 #[test]
