@@ -363,8 +363,16 @@ impl Inner {
             }
             ring.publish()
         };
-        if let Some(cons) = publish {
-            self.index.0.write_u32(self.index.1, cons).await?;
+        let Some(cons) = publish else { return Ok(false) };
+        self.index.0.write_u32(self.index.1, cons).await?;
+        if header.lost.is_none() {
+            // Whether it was full up to now shows at once, or never.
+            let header = snapshot(&self.queue, self.form, self.version).await?;
+            let ring = &mut self.state.borrow_mut().ring;
+            ring.look(&header)?;
+            if let Some(lost) = ring.lost_at_end() {
+                batch.lose(lost);
+            }
         }
         Ok(self.state.borrow().ring.has_more())
     }
