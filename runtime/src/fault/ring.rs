@@ -3,6 +3,8 @@
 //! Everything here is a pure function of bytes that the device may have made up: nothing panics on them, and nothing is allocated
 //! in a size of their choosing.
 
+use std::collections::VecDeque;
+
 use zerocopy::FromBytes;
 
 use super::{
@@ -170,8 +172,8 @@ pub struct Ring {
     published: u32,
     /// What it knew before; `None` once it was looked whether the queue was full then.
     before: Option<u32>,
-    /// The entry before which the queue was perhaps full, where that is not counted.
-    suspect: Option<u32>,
+    /// The entries before which the queue was perhaps full, where that is not counted: from the next one on, ascending.
+    suspects: VecDeque<u32>,
     /// Where the device was when it was looked last.
     seen: u32,
     /// The counter there, and how much of it was told.
@@ -194,7 +196,17 @@ impl Ring {
             None => (0, 0),
         };
         let (version, counter) = (first.version, first.lost);
-        Ok(Self { geometry, version, cons, published: cons, before: None, suspect: None, seen: cons, counter, told })
+        Ok(Self {
+            geometry,
+            version,
+            cons,
+            published: cons,
+            before: None,
+            suspects: VecDeque::new(),
+            seen: cons,
+            counter,
+            told,
+        })
     }
 
     /// Where the queue is.
@@ -239,11 +251,11 @@ impl Ring {
             }
             _ => {}
         }
-        if let Some(before) = self.before.take() {
+        if let Some(before) = self.before.take().filter(|_| header.lost.is_none()) {
             // The slot that was free when the queue was full.
             let free = geometry.forward(before, geometry.entries - 1);
             if waiting >= geometry.distance(self.cons, free) {
-                self.suspect = Some(free);
+                self.suspects.push_back(free);
             }
         }
         self.seen = produced;
@@ -280,7 +292,7 @@ impl Ring {
 
     fn lost_before(&mut self, slot: u32, counted: Option<u32>) -> Result<Option<Lost>> {
         let (Some(counter), Some(counted)) = (self.counter, counted) else {
-            let suspected = self.suspect.take_if(|suspect| *suspect == slot);
+            let suspected = self.suspects.pop_front_if(|suspect| *suspect == slot);
             return Ok(suspected.map(|_| Lost::Perhaps));
         };
         let new = counted.wrapping_sub(self.told);
