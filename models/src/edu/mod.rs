@@ -136,7 +136,7 @@ impl Edu {
     /// # Errors
     /// A configuration that is not possible, or no memfd to be had.
     pub fn new(config: Config) -> io::Result<Self> {
-        if !(config.dma_mask.wrapping_add(1).is_power_of_two() && config.dma_mask >= 2 * PAGE - 1) {
+        if config.dma_mask & config.dma_mask.wrapping_add(1) != 0 || config.dma_mask < 2 * PAGE - 1 {
             let what = "the mask of DMA addresses has its low bits set, 13 at least, and no others";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
