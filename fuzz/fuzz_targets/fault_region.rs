@@ -24,6 +24,8 @@ struct Input<'a> {
     counted: bool,
     resumed: bool,
     region: u16,
+    /// Entries, bytes beyond the least of them, and where they start: a queue that can be. `None`: whatever the bytes say.
+    possible: Option<(u8, u8, u8)>,
     capabilities: &'a [u8],
     answers: [u8; 20],
     looks: Vec<Look>,
@@ -34,9 +36,15 @@ struct Input<'a> {
 #[derive(Debug, Arbitrary)]
 struct Look {
     /// Words of the header that differ from what they were.
-    changes: Vec<(u8, u32)>,
+    changes: Vec<(u8, Change)>,
     most: u8,
     publish: bool,
+}
+
+#[derive(Debug, Arbitrary)]
+enum Change {
+    Small(u8),
+    Any(u32),
 }
 
 fuzz_target!(|input: Input| {
@@ -50,6 +58,13 @@ fuzz_target!(|input: Input| {
     }
     let byte = |at: u64| input.bytes.get(at as usize % input.bytes.len().max(1)).copied().unwrap_or(0);
     let mut header: [u8; 24] = std::array::from_fn(|at| byte(at as u64));
+    if let Some((entries, more, gap)) = input.possible {
+        let (entries, size) = (u32::from(entries), RECORD as u32 + u32::from(more));
+        let [second, third] = if input.two_region { [entries, size] } else { [size, entries] };
+        for (word, value) in [(0, 0), (1, second), (2, third), (3, 24 + u32::from(gap)), (4, 0), (5, 0)] {
+            header[word * 4..word * 4 + 4].copy_from_slice(&value.to_le_bytes());
+        }
+    }
     let read = |header: &[u8; 24]| {
         let bytes = if input.counted { &header[..] } else { &header[..20] };
         if input.two_region { Snapshot::of_producer(bytes) } else { Snapshot::of_single(bytes) }
@@ -61,6 +76,10 @@ fuzz_target!(|input: Input| {
     for look in &input.looks {
         for (word, value) in &look.changes {
             let at = usize::from(word % 6) * 4;
+            let value = match *value {
+                Change::Small(value) => value.into(),
+                Change::Any(value) => value,
+            };
             header[at..at + 4].copy_from_slice(&value.to_le_bytes());
         }
         let Some(snapshot) = read(&header) else { return };
@@ -70,7 +89,14 @@ fuzz_target!(|input: Input| {
         let mut left = u32::from(look.most % 65);
         while let Some((start, count)) = ring.run(left) {
             assert!(count <= left && geometry.at(start) >= 20 && geometry.at(start + count) <= region);
-            let entries: Vec<u8> = (geometry.at(start)..geometry.at(start + count)).map(byte).collect();
+            let mut entries: Vec<u8> = (geometry.at(start)..geometry.at(start + count)).map(byte).collect();
+            if input.possible.is_some() {
+                // Records of both sorts, but for some.
+                for entry in entries.chunks_exact_mut(geometry.entry_size as usize).filter(|entry| entry[0] < 0xf0) {
+                    let head = [1 + entry[0] % 2, 0, 0, 0, entry[0] / 0x80, 0, 0, 0];
+                    entry[..8].copy_from_slice(&head);
+                }
+            }
             for entry in entries.chunks_exact(geometry.entry_size as usize) {
                 if let Ok(record) = Record::parse(entry) {
                     assert!(entry.len() >= RECORD && Record::parse(&record.to_bytes()) == Ok(record));

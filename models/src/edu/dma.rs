@@ -75,7 +75,7 @@ impl Dma {
         while !left.is_empty() {
             let len = left.len().min((PAGE - iova % PAGE) as usize);
             let (part, rest) = left.split_at_mut(len);
-            let forbidden = faults.as_ref().is_some_and(|faults| faults.forbids(iova));
+            let forbidden = faults.as_ref().is_some_and(|faults| faults.forbids(iova, len));
             let moved = match (forbidden, to_memory) {
                 (true, _) => Err(Reason::Permission),
                 (false, true) => host.write(iova, part).map_err(|_| Reason::PteFetch),

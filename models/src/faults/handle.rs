@@ -80,6 +80,8 @@ struct Shared {
     knobs: Mutex<Knobs>,
     /// There is something for the device to do.
     pending: AtomicBool,
+    /// Some addresses are to fail.
+    forbids: AtomicBool,
     wake: OwnedFd,
 }
 
@@ -94,7 +96,12 @@ impl Handle {
     /// When no eventfd is to be had.
     pub fn new() -> io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self(Arc::new(Shared { knobs: Mutex::default(), pending: AtomicBool::new(false), wake })))
+        Ok(Self(Arc::new(Shared {
+            knobs: Mutex::default(),
+            pending: AtomicBool::new(false),
+            forbids: AtomicBool::new(false),
+            wake,
+        })))
     }
 
     fn knobs(&self) -> MutexGuard<'_, Knobs> {
@@ -111,10 +118,12 @@ impl Handle {
     /// Accesses to these addresses fail from now on, mapped or not.
     pub fn fault_on(&self, iovas: RangeInclusive<u64>) {
         self.knobs().faulting.push(iovas);
+        self.0.forbids.store(true, Ordering::Release);
     }
 
     /// No address fails but for being unmapped.
     pub fn fault_on_none(&self) {
+        self.0.forbids.store(false, Ordering::Release);
         self.knobs().faulting.clear();
     }
 
@@ -202,8 +211,13 @@ impl Handle {
         }
     }
 
-    pub(super) fn forbids(&self, iova: u64) -> bool {
-        self.knobs().faulting.iter().any(|range| range.contains(&iova))
+    pub(super) fn forbids(&self, iova: u64, len: usize) -> bool {
+        // Devices ask for each access.
+        if !self.0.forbids.load(Ordering::Acquire) {
+            return false;
+        }
+        let last = iova.saturating_add((len as u64).saturating_sub(1));
+        self.knobs().faulting.iter().any(|range| *range.start() <= last && iova <= *range.end())
     }
 
     pub(super) fn asks(&self) -> bool {

@@ -9,9 +9,10 @@
 //! client. Faults that there is no room for are counted, in version 2 of the interface, which is ours
 //! ([`abi`](vfio_uring::fault::abi)).
 //!
-//! A [`Handle`] makes the device fault on addresses, raises faults by the thousand, and lies.
+//! [`Faulty`] does so for any device. A [`Handle`] makes the device fault on addresses, raises faults by the thousand, and lies.
 
 mod answers;
+mod faulty;
 mod handle;
 mod queue;
 
@@ -29,6 +30,7 @@ use vfio_uring::transport::user::wire::{CAP_FAULT, CAP_FAULT_RESPONSE};
 
 use self::{answers::Answers, queue::Queue};
 pub use self::{
+    faulty::Faulty,
     handle::{Counters, GivenAnswer, Handle, Word},
     queue::Form,
 };
@@ -253,9 +255,9 @@ impl Unit {
         });
     }
 
-    /// Whether an access to `iova` is to fail, as the handle says.
-    pub fn forbids(&self, iova: u64) -> bool {
-        self.config.handle.forbids(iova)
+    /// Whether an access to `len` bytes from `iova` on is to fail, as the handle says.
+    pub fn forbids(&self, iova: u64, len: usize) -> bool {
+        self.config.handle.forbids(iova, len)
     }
 
     /// Whether the device asks for pages that are not there, as the handle says and where there can be an answer.
