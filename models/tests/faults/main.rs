@@ -205,3 +205,28 @@ fn the_server_ends_and_so_does_the_stream() {
         }
     });
 }
+
+#[test]
+fn a_reset_leaves_the_queue_as_it_is() {
+    run(async {
+        for form in FORMS {
+            for options in [Options::default(), polled()] {
+                // There is room for all, should the reader have no turn between two resets.
+                let rig = Rig::new(Config { entries: 512, ..config(form) }).await;
+                let mut queue = rig.open(options).await.unwrap();
+                let (device, handle) = (rig.device.clone(), rig.handle.clone());
+                let resets = vfio_uring::reactor::spawn(async move {
+                    for _ in 0..50 {
+                        handle.storm(5);
+                        device.reset().await.unwrap();
+                    }
+                });
+                for expected in 0..250 {
+                    assert_eq!(number(&next(&mut queue).await), expected);
+                }
+                resets.await.unwrap();
+                assert_eq!(rig.device.generation(), 50);
+            }
+        }
+    });
+}

@@ -16,11 +16,6 @@ pub(super) enum Found {
     Single { queue: Region, responses: Option<Region> },
 }
 
-/// Whether some region is, or claims to be, a fault queue.
-pub(super) fn has_regions(device: &Device) -> bool {
-    !matches!(regions(device), Err(Error::Unsupported { .. }))
-}
-
 /// Looks for the regions. The numbers of their types belong to others too (2 is a channel I/O region of s390), so that only a region
 /// with the capability of its queue is taken. The two forms share a subtype: the queue of the first can't be written.
 pub(super) fn regions(device: &Device) -> Result<Found> {

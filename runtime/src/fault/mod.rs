@@ -31,12 +31,13 @@ mod record;
 mod region;
 mod response;
 pub mod ring;
+mod steady;
 pub mod veventq;
 
 use std::{
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -45,8 +46,7 @@ use futures::Stream;
 pub use record::{Answer, Fault, FaultGroup, GroupId, Lost, PageRequest, Permissions, Reason, Unrecoverable};
 pub use region::{Form, RegionQueue};
 
-use crate::{Result, device::Device};
-use iommufd::{Faults, Limits};
+use crate::{Error, Result, device::Device};
 
 /// How a queue is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,13 +60,14 @@ pub enum Notify {
 /// How to open a fault queue.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// When it is looked at; by interrupt, by default.
+    /// When a queue in regions is looked at; by interrupt, by default.
     pub notify: Notify,
     /// The version of the region queue's interface to agree on; by default the highest that both sides have.
     pub version: Option<u32>,
     /// Groups of page requests that may wait for their last request at a time. More end the stream; 512 by default.
     pub max_open_groups: usize,
-    /// Requests of a group. A longer one is answered with [`Answer::Invalid`] and [counted](Stats::refused); 256 by default.
+    /// Requests of a group; 256 by default. A longer one is answered with [`Answer::Invalid`] and [counted](Stats::refused); through
+    /// iommufd it ends the stream.
     pub max_requests: usize,
     /// Groups that may wait for their answer. One that comes when so many wait is answered with [`Answer::Invalid`] and
     /// [counted](Stats::refused); 1024 by default.
@@ -110,35 +111,37 @@ fn next_queue() -> u64 {
 /// A queue of faults: a stream that ends with its first error. It takes faults out of the device's queue only when it is polled.
 ///
 /// Dropping it answers what was not answered with [`Answer::Invalid`], in a task of the reactor, and gives the interrupt back;
-/// [`FaultQueue::close`] does so and waits for it.
+/// [`FaultQueue::close`] does so and waits for it. A reset of the device leaves a queue in regions as it is: it is the IOMMU's.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum FaultQueue {
     /// In regions of the device.
     Region(RegionQueue),
-    /// Of iommufd: the page requests of a device of the kernel.
-    Iommufd(Faults),
+    /// Through iommufd: page requests only.
+    Iommufd {
+        /// The device with its queue.
+        faults: iommufd::Faults,
+        /// Faults that were given to the reader.
+        given: u64,
+    },
 }
 
 impl FaultQueue {
-    /// Opens the fault queue of a device: the one in its regions, if it has some; else, for a device of the kernel that is open by its
-    /// cdev, iommufd's. The latter signals; of the options it takes [`Options::max_requests`] and [`Options::max_waiting`].
+    /// Opens the fault queue that a device has: in its regions or, of a device of the kernel that has none there and was opened by its
+    /// cdev, through iommufd.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when the device has none, or not with this version or an interrupt, or can't ask for pages;
-    /// [`Error::InUse`] when it has a reader; [`Error::Refused`] when the device does not agree; [`Error::DeviceFault`] for a queue
-    /// that can't be.
+    /// Through iommufd those of [`iommufd::Faults::of_device`]. In regions
+    /// [`Error::Unsupported`] when the device has none, or not with this version or an interrupt; [`Error::InUse`] when it has a
+    /// reader; [`Error::Refused`] when the device does not agree; [`Error::DeviceFault`] for a queue that can't be.
     ///
-    /// [`Error::Unsupported`]: crate::Error::Unsupported
-    /// [`Error::InUse`]: crate::Error::InUse
-    /// [`Error::Refused`]: crate::Error::Refused
-    /// [`Error::DeviceFault`]: crate::Error::DeviceFault
     pub async fn open(device: &Device, options: Options) -> Result<Self> {
-        if device.cdev().is_some() && !find::has_regions(device) {
-            let limits = Limits { max_requests: options.max_requests, max_waiting: options.max_waiting };
-            return Faults::of_device(device, limits).await.map(Self::Iommufd);
+        let in_regions = !matches!(find::regions(device), Err(Error::Unsupported { .. }));
+        if in_regions || device.cdev().is_none() {
+            return RegionQueue::open(device, options).await.map(Self::Region);
         }
-        RegionQueue::open(device, options).await.map(Self::Region)
+        let limits = iommufd::Limits { max_requests: options.max_requests, max_waiting: options.max_waiting };
+        Ok(Self::Iommufd { faults: iommufd::Faults::of_device(device, limits).await?, given: 0 })
     }
 
     /// Answers a group of page requests.
@@ -149,7 +152,7 @@ impl FaultQueue {
     pub async fn respond(&self, group: GroupId, answer: Answer) -> Result<()> {
         match self {
             Self::Region(queue) => queue.respond(group, answer).await,
-            Self::Iommufd(queue) => queue.respond(group, answer),
+            Self::Iommufd { faults, .. } => faults.respond(group, answer),
         }
     }
 
@@ -157,7 +160,10 @@ impl FaultQueue {
     pub fn stats(&self) -> Stats {
         match self {
             Self::Region(queue) => queue.stats(),
-            Self::Iommufd(queue) => queue.responder().map(|responder| responder.stats()).unwrap_or_default(),
+            Self::Iommufd { faults, given } => {
+                let refused = faults.responder().map_or(0, |responder| responder.refused());
+                Stats { faults: *given, refused, ..Stats::default() }
+            }
         }
     }
 
@@ -169,7 +175,7 @@ impl FaultQueue {
     pub async fn close(self) -> Result<()> {
         match self {
             Self::Region(queue) => queue.close().await,
-            Self::Iommufd(queue) => queue.close().await,
+            Self::Iommufd { faults, .. } => faults.close().await,
         }
     }
 }
@@ -180,7 +186,13 @@ impl Stream for FaultQueue {
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         match self.get_mut() {
             Self::Region(queue) => Pin::new(queue).poll_next(cx),
-            Self::Iommufd(queue) => Pin::new(queue).poll_next(cx),
+            Self::Iommufd { faults, given } => {
+                let group = ready!(Pin::new(faults).poll_next(cx));
+                if let Some(Ok(group)) = &group {
+                    *given += group.faults.len() as u64;
+                }
+                Poll::Ready(group)
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ use super::{
     next_queue,
     response::Responses,
     ring::{Batch, Geometry, Ring, Snapshot},
+    steady::Steady,
 };
 use crate::{
     Error, Result,
@@ -77,10 +78,10 @@ struct Inner {
     id: u64,
     form: Form,
     version: u32,
-    queue: Region,
+    queue: Steady,
     area: Option<Area>,
     /// Where the reader's index goes to.
-    index: (Region, u64),
+    index: (Steady, u64),
     responses: Option<Responses>,
     state: RefCell<State>,
     stats: Cell<Stats>,
@@ -125,11 +126,13 @@ impl RegionQueue {
     pub(super) async fn open(device: &Device, options: Options) -> Result<Self> {
         let found = find::regions(device)?;
         let claim = device.claim_faults()?;
+        let steady = |region: Region| Steady::new(device, region);
         let (queue, index, form, responses) = match found {
-            Found::TwoRegion { producer, consumer } => (producer, (consumer, 4), Form::TwoRegion, None),
-            Found::Single { queue, responses } => (queue.clone(), (queue, 0), Form::Single, responses),
+            Found::TwoRegion { producer, consumer } => (producer, (steady(consumer), 4), Form::TwoRegion, None),
+            Found::Single { queue, responses } => (queue.clone(), (steady(queue), 0), Form::Single, responses),
         };
-        let version = choose(queue.fault_version().unwrap_or(0), options.version)?;
+        let queue = steady(queue);
+        let version = choose(queue.region.fault_version().unwrap_or(0), options.version)?;
         let resumed = form == Form::TwoRegion && agree(&queue, &index.0, version).await?;
         let first = snapshot(&queue, form, version).await?;
         if let Some(says) = first.version
@@ -138,10 +141,10 @@ impl RegionQueue {
         {
             return Err(Error::fault(format!("the fault queue: version {version} was agreed on, its header says {says}")));
         }
-        let ring = Ring::new(&first, queue.size(), resumed)?;
-        let area = Area::find(&queue, ring.geometry())?;
+        let ring = Ring::new(&first, queue.region.size(), resumed)?;
+        let area = Area::find(&queue.region, ring.geometry())?;
         let responses = match responses {
-            Some(region) => Some(Responses::open(region, options.deadline).await?),
+            Some(region) => Some(Responses::open(steady(region), options.deadline).await?),
             None => None,
         };
         let waiting = match options.notify {
@@ -382,10 +385,7 @@ impl Inner {
         let geometry = self.state.borrow().ring.geometry();
         let at = geometry.at(first);
         let mut entries = vec![0; count as usize * geometry.entry_size as usize];
-        match &self.area {
-            Some(area) => area.memory.read(at - area.start, &mut entries)?,
-            None => self.queue.read(at, &mut entries).await?,
-        }
+        self.queue.copy_out(self.area.as_ref(), at, &mut entries).await?;
         Ok(entries)
     }
 
@@ -461,9 +461,9 @@ fn choose(highest: u32, asked: Option<u32>) -> Result<u32> {
 }
 
 /// Agrees on a version with the two-region form. Whether others had agreed on one before.
-async fn agree(producer: &Region, consumer: &Region, version: u32) -> Result<bool> {
-    if consumer.size() < 8 {
-        let size = consumer.size();
+async fn agree(producer: &Steady, consumer: &Steady, version: u32) -> Result<bool> {
+    if consumer.region.size() < 8 {
+        let size = consumer.region.size();
         return Err(Error::fault(format!("the fault queue: its consumer's region has {size} bytes, 8 are needed")));
     }
     // The series refuse to be read before there is a version.
@@ -477,11 +477,11 @@ async fn agree(producer: &Region, consumer: &Region, version: u32) -> Result<boo
 }
 
 /// Reads a queue's header.
-async fn snapshot(queue: &Region, form: Form, version: u32) -> Result<Snapshot> {
+async fn snapshot(queue: &Steady, form: Form, version: u32) -> Result<Snapshot> {
     let mut bytes = [0; PLAIN_HEADER + 4];
     let size = if version >= VERSION_COUNTED { PLAIN_HEADER + 4 } else { PLAIN_HEADER };
-    if queue.size() < size as u64 {
-        let has = queue.size();
+    if queue.region.size() < size as u64 {
+        let has = queue.region.size();
         return Err(Error::fault(format!("the fault queue: its region has {has} bytes, its header {size}")));
     }
     let bytes = &mut bytes[..size];

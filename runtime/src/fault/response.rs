@@ -11,15 +11,16 @@ use super::{
     assembly::GroupKey,
     region::Area,
     ring::{self, Geometry},
+    steady::Steady,
 };
-use crate::{Error, Result, device::Region, reactor};
+use crate::{Error, Result, reactor};
 
 /// Between two looks for room.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// The region of the answers.
 pub(super) struct Responses {
-    region: Region,
+    region: Steady,
     geometry: Geometry,
     /// What of it is mapped.
     area: Option<Area>,
@@ -29,9 +30,9 @@ pub(super) struct Responses {
 }
 
 impl Responses {
-    pub(super) async fn open(region: Region, deadline: Duration) -> Result<Self> {
+    pub(super) async fn open(region: Steady, deadline: Duration) -> Result<Self> {
         let (geometry, ..) = look(&region).await?;
-        let area = Area::find(&region, geometry)?;
+        let area = Area::find(&region.region, geometry)?;
         Ok(Self { region, geometry, area, turn: Mutex::new(()), deadline })
     }
 
@@ -54,18 +55,15 @@ impl Responses {
         };
         let response = PageResponse::new(group.pasid, group.index, answer);
         let at = self.geometry.at(slot);
-        match &self.area {
-            Some(area) => area.memory.write_obj(at - area.start, &response)?,
-            None => self.region.write(at, response.as_bytes()).await?,
-        }
+        self.region.copy_in(self.area.as_ref(), at, response.as_bytes()).await?;
         let next = if slot + 1 == self.geometry.entries { 0 } else { slot + 1 };
         self.region.write_u32(0, next).await
     }
 }
 
-async fn look(region: &Region) -> Result<(Geometry, u32, bool)> {
+async fn look(region: &Steady) -> Result<(Geometry, u32, bool)> {
     let mut bytes = [0; size_of::<ResponseHeader>()];
     region.read(0, &mut bytes).await?;
     let header = ResponseHeader::read_from_bytes(&bytes).map_err(|_| Error::fault("a header of answers that is cut off"))?;
-    ring::response_slot(&header, region.size())
+    ring::response_slot(&header, region.region.size())
 }

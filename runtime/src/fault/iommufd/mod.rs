@@ -34,7 +34,7 @@ use waiting::Waiting;
 pub use faults::{Attach, Cdev, Faults};
 pub use records::{Group, RECORD_SIZE, RESPONSE_SIZE, parse};
 
-use super::{Answer, FaultGroup, GroupId, Stats, next_queue};
+use super::{Answer, FaultGroup, GroupId, next_queue};
 use crate::{
     Error, Result,
     reactor::{self, op::MultishotPoll},
@@ -91,8 +91,6 @@ struct Shared {
     fd: RefCell<Option<Arc<OwnedFd>>>,
     queue: u64,
     waiting: RefCell<Waiting>,
-    /// Requests that were given to the reader.
-    given: Cell<u64>,
     refused: Cell<u64>,
 }
 
@@ -127,7 +125,6 @@ impl IommufdFaultQueue {
             fd: RefCell::new(Some(fd.clone())),
             queue: next_queue(),
             waiting: RefCell::default(),
-            given: Cell::new(0),
             refused: Cell::new(0),
         });
         let max_requests = limits.max_requests.max(1);
@@ -306,10 +303,7 @@ impl Stream for IommufdFaultQueue {
             return Poll::Ready(None);
         }
         let group = ready!(this.poll_group(cx));
-        match &group {
-            Ok(group) => this.shared.given.set(this.shared.given.get() + group.faults.len() as u64),
-            Err(_) => this.ended = true,
-        }
+        this.ended = group.is_err();
         Poll::Ready(Some(group))
     }
 }
@@ -342,11 +336,6 @@ impl Responder {
     /// answered; where the kernel refuses some, all others are answered, and the first that was refused is told of.
     pub fn respond_all(&self, answers: &[(GroupId, Answer)]) -> Result<()> {
         self.0.respond(answers)
-    }
-
-    /// What the queue has seen. Nothing is lost: the device waits when the queue is not read.
-    pub fn stats(&self) -> Stats {
-        Stats { faults: self.0.given.get(), refused: self.refused(), ..Stats::default() }
     }
 
     /// Groups that were answered with [`Answer::Invalid`] unseen, since too many waited.
