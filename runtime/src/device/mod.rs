@@ -170,7 +170,8 @@ impl Drop for Inner {
 ///
 /// Regions, BARs and interrupts keep the device too; it is closed when the last of them is dropped. A device of the kernel is reset
 /// then, which may hold this thread for 100 ms, and stays bound to this process while a [`Register`](crate::mmio::Register) of it is
-/// left, for that is a mapping of its BAR.
+/// left, for that is a mapping of its BAR. [`Device::close`] waits for none of these, and neither does the kernel: see
+/// [`Options::removal`].
 #[derive(Clone)]
 pub struct Device {
     inner: Rc<Inner>,
