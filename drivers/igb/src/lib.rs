@@ -31,6 +31,7 @@
 //! ```
 
 #![forbid(unsafe_code)]
+#![allow(clippy::vec_box, reason = "a buffer's box is the buffer's for its whole life, and moves between lists as one word")]
 
 mod counters;
 mod error;
