@@ -22,20 +22,55 @@ const MAX_LEN: usize = 4000;
 #[derive(Arbitrary, Debug)]
 enum Step {
     /// The next descriptors, in order: status in the low half, length.
-    Receive { status: u32, len: u16, vlan: u16, info: u64, times: u8 },
+    Receive {
+        status: u32,
+        len: u16,
+        vlan: u16,
+        info: u64,
+        times: u8,
+    },
     /// Plain packets, in order.
-    ReceivePlain { len: u16, times: u8 },
-    WriteRx { at: u8, words: [u64; 2] },
-    WriteTx { at: u8, words: [u64; 2] },
+    ReceivePlain {
+        len: u16,
+        times: u8,
+    },
+    WriteRx {
+        at: u8,
+        words: [u64; 2],
+    },
+    WriteTx {
+        at: u8,
+        words: [u64; 2],
+    },
     /// Sent: what the driver asked to be told of, and what not.
-    Complete { at: u8, times: u8 },
-    Take { max: u8 },
-    Send { packets: u8 },
-    SendOffloaded { l2: u8, l3: u16, mss: u16, l4_len: u8, kind: u8, vlan: u16, parts: u8, len: u16 },
-    Reserve { len: u16 },
+    Complete {
+        at: u8,
+        times: u8,
+    },
+    Take {
+        max: u8,
+    },
+    Send {
+        packets: u8,
+    },
+    SendOffloaded {
+        l2: u8,
+        l3: u16,
+        mss: u16,
+        l4_len: u8,
+        kind: u8,
+        vlan: u16,
+        parts: u8,
+        len: u16,
+    },
+    Reserve {
+        len: u16,
+    },
     Reclaim,
     Keep,
-    Drop { count: u8 },
+    Drop {
+        count: u8,
+    },
     Turn,
 }
 
