@@ -1,0 +1,680 @@
+//! Sending: the ring, context descriptors, and buffers that come back.
+//!
+//! The NIC is asked to report some descriptors only: the last of each turn, and one in every few. What is before a reported one
+//! is done, too.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    future::poll_fn,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures::Sink;
+use vfio_uring::{dma::DmaRing, reactor::TaskRef};
+
+use crate::{
+    Buffers, Error, Result, SendError,
+    counters::Counters,
+    packet::{L4, Node, Packet, TxOffload},
+    pool,
+    queue::{Owner, Pair},
+    shared::{Doorbell, Remains},
+    spec::{MAX_FRAME, tx},
+};
+
+/// Of a descriptor with a whole packet, without its length.
+const PLAIN: u64 = tx::DATA | tx::DEXT | tx::IFCS | tx::EOP;
+/// An Ethernet header.
+const MIN_LEN: usize = 14;
+/// Without CRC and VLAN tag.
+const MAX_LEN: usize = MAX_FRAME - 4;
+/// With TSO: what an IP packet can have, and headers in front of it.
+const MAX_TSO: usize = 65535 + 127;
+/// Buffers of a packet at most.
+const MAX_SEGMENTS: usize = 16;
+/// Descriptors of a packet at most.
+const MAX_DESCRIPTORS: usize = MAX_SEGMENTS + 1;
+/// One in so many descriptors is reported.
+const REPORT: usize = 32;
+
+/// A transmit ring.
+pub(crate) struct TxRing {
+    ring: DmaRing<[u64; 2]>,
+    slots: Box<[Cell<Option<Box<Node>>>]>,
+    mask: usize,
+    /// The next descriptor to write.
+    tail: Cell<usize>,
+    /// Up to where the NIC was told.
+    rung: Cell<usize>,
+    /// The oldest descriptor that is not known to be done.
+    oldest: Cell<usize>,
+    /// Descriptors that can be written; one always stays free.
+    free: Cell<usize>,
+    /// Of the free ones, those that tokens have.
+    reserved: Cell<usize>,
+    /// Descriptors that will be reported, in order.
+    reports: RefCell<VecDeque<usize>>,
+    /// What was written last: the second half of a packet's last descriptor.
+    last: Cell<u64>,
+    /// The context that the NIC has.
+    context: Cell<[u64; 2]>,
+    space_id: u64,
+    doorbell: Doorbell,
+    counters: Arc<Counters>,
+    dead: Cell<bool>,
+    released: Cell<bool>,
+    /// Descriptors that a task waits for to be free.
+    wanted: Cell<usize>,
+    task: Cell<TaskRef>,
+}
+
+impl TxRing {
+    pub(crate) fn new(
+        ring: DmaRing<[u64; 2]>,
+        size: usize,
+        space_id: u64,
+        doorbell: Doorbell,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            ring,
+            slots: (0..size).map(|_| Cell::default()).collect(),
+            mask: size.saturating_sub(1),
+            tail: Cell::new(0),
+            rung: Cell::new(0),
+            oldest: Cell::new(0),
+            free: Cell::new(size.saturating_sub(1)),
+            reserved: Cell::new(0),
+            reports: RefCell::new(VecDeque::with_capacity(size)),
+            last: Cell::new(0),
+            context: Cell::new([0; 2]),
+            space_id,
+            doorbell,
+            counters,
+            dead: Cell::new(false),
+            released: Cell::new(false),
+            wanted: Cell::new(0),
+            task: Cell::default(),
+        }
+    }
+
+    /// What a packet needs, or what is wrong with it.
+    #[inline(always)]
+    fn needs(&self, node: &Node) -> Result<usize, &'static str> {
+        let len = node.len as usize;
+        if node.is_plain() && len.wrapping_sub(MIN_LEN) <= MAX_LEN - MIN_LEN && node.space_id == self.space_id {
+            return Ok(1);
+        }
+        self.needs_aside(node)
+    }
+
+    #[cold]
+    fn needs_aside(&self, node: &Node) -> Result<usize, &'static str> {
+        let (mut total, mut segments) = (0usize, 0);
+        for node in std::iter::successors(Some(node), |node| node.next.as_deref()) {
+            segments += 1;
+            total = total.saturating_add(node.len as usize);
+            if node.len == 0 || node.len > u16::MAX.into() {
+                return Err("one of its buffers has no bytes, or more than 65535");
+            }
+            if node.space_id != self.space_id {
+                return Err("a buffer is not in the NIC's address space: open both devices in the same one");
+            }
+            if segments > MAX_SEGMENTS {
+                return Err("it has more than 16 buffers");
+            }
+        }
+        let tso = node.offload.is_some_and(|offload| offload.tso.is_some());
+        if total < MIN_LEN {
+            return Err("it has less than 14 bytes");
+        }
+        if total > if tso { MAX_TSO } else { MAX_LEN } {
+            return Err("it is too long: 9724 bytes can be sent, or 65662 in segments");
+        }
+        let Some(offload) = &node.offload else { return Ok(segments) };
+        if offload.l2_len > 127 || offload.l3_len > 511 {
+            return Err("its headers are too long: 127 bytes before the IP header, and 511 of it");
+        }
+        if offload.headers() > total {
+            return Err("it is shorter than its headers");
+        }
+        if offload.tso.is_some_and(|tso| tso.mss == 0 || tso.l4_len < 20 || tso.l4_len > 60) {
+            return Err("TSO needs a segment size, and a TCP header of 20 to 60 bytes");
+        }
+        Ok(segments + usize::from(self.context.get() != context(offload)))
+    }
+
+    /// Writes a packet of one descriptor.
+    #[inline(always)]
+    fn put_plain(&self, at: usize, node: Box<Node>) -> usize {
+        let len = u64::from(node.len);
+        let mut word = PLAIN | len | len << tx::PAYLEN_SHIFT;
+        let next = (at + 1) & self.mask;
+        if next.is_multiple_of(REPORT) {
+            word |= tx::RS;
+            self.report(at);
+        }
+        let _ = self.ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
+        self.last.set(word);
+        if let Some(slot) = self.slots.get(at) {
+            // It had none.
+            std::mem::forget(slot.replace(Some(node)));
+        }
+        next
+    }
+
+    #[inline(never)]
+    fn report(&self, at: usize) {
+        self.reports.borrow_mut().push_back(at);
+    }
+
+    /// Writes any packet; there is room for it. How many descriptors, and bytes.
+    #[cold]
+    fn put(&self, first: Box<Node>) -> (usize, usize) {
+        let (mut at, mut count) = (self.tail.get(), 0);
+        let offload = first.offload;
+        let mut command = tx::DATA | tx::DEXT | tx::IFCS;
+        let total: usize =
+            std::iter::successors(Some(&*first), |node| node.next.as_deref()).map(|node| node.len as usize).sum();
+        let mut payload = total;
+        if let Some(offload) = &offload {
+            let context = context(offload);
+            if self.context.get() != context {
+                self.context.set(context);
+                let _ = self.ring.set(at, &context.map(u64::to_le));
+                (at, count) = ((at + 1) & self.mask, 1);
+            }
+            if offload.vlan.is_some() {
+                command |= tx::VLE;
+            }
+            if offload.ipv4_checksum || (offload.tso.is_some() && offload.is_ipv4) {
+                command |= tx::IXSM;
+            }
+            if offload.l4_checksum.is_some() || offload.tso.is_some() {
+                command |= tx::TXSM;
+            }
+            if offload.tso.is_some() {
+                command |= tx::TSE;
+                payload = total.saturating_sub(offload.headers());
+            }
+        }
+        let mut next = Some(first);
+        while let Some(mut node) = next {
+            next = node.next.take();
+            let mut word = command | u64::from(node.len);
+            // The first says how long all of it is.
+            word |= (std::mem::take(&mut payload) as u64) << tx::PAYLEN_SHIFT;
+            if next.is_none() {
+                word |= tx::EOP;
+                if at & (REPORT - 1) == REPORT - 1 {
+                    word |= tx::RS;
+                    self.report(at);
+                }
+            }
+            let _ = self.ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
+            self.last.set(word);
+            if let Some(slot) = self.slots.get(at) {
+                slot.set(Some(node));
+            }
+            (at, count) = ((at + 1) & self.mask, count + 1);
+        }
+        self.tail.set(at);
+        (count, total)
+    }
+
+    /// Sends what has room, from the front of `packets`; how many are gone.
+    #[inline]
+    fn send_batch(&self, packets: &mut Vec<Packet>) -> usize {
+        if self.dead.get() {
+            return 0;
+        }
+        if self.available() < packets.len() {
+            self.reclaim(&mut pool::give);
+        }
+        let mut room = self.available();
+        let (mut gone, mut sent, mut bytes) = (0, 0, 0);
+        let before = room;
+        let mut tail = self.tail.get();
+        for packet in packets.iter_mut() {
+            let Some(node) = &packet.0 else {
+                gone += 1;
+                continue;
+            };
+            match self.needs(node) {
+                Ok(needed) if needed > room => break,
+                Ok(needed) => {
+                    let Some(node) = packet.0.take() else { break };
+                    if needed == 1 && node.is_plain() {
+                        bytes += node.len as usize;
+                        tail = self.put_plain(tail, node);
+                        room -= 1;
+                    } else {
+                        self.tail.set(tail);
+                        let (used, len) = self.put(node);
+                        tail = self.tail.get();
+                        room -= used;
+                        bytes += len;
+                    }
+                    sent += 1;
+                }
+                Err(why) => {
+                    tracing::debug!(why, "a packet can't be sent");
+                    self.counters.invalid();
+                    pool::give_chain(packet.0.take());
+                }
+            }
+            gone += 1;
+        }
+        self.tail.set(tail);
+        self.free.set(self.free.get() - (before - room));
+        self.counters.sent(sent, bytes as u64);
+        if gone == packets.len() {
+            packets.clear();
+        } else {
+            packets.drain(..gone);
+        }
+        gone
+    }
+
+    fn send(&self, mut packet: Packet) -> Result<(), SendError> {
+        let Some(node) = &packet.0 else { return Ok(()) };
+        let needed = match self.needs(node) {
+            Ok(needed) => needed,
+            Err(why) => return Err(SendError::Invalid { packet, why }),
+        };
+        if self.available() < needed {
+            self.reclaim(&mut pool::give);
+            if self.available() < needed {
+                return Err(SendError::Full(packet));
+            }
+        }
+        if let Some(node) = packet.0.take() {
+            let (used, bytes) = self.put(node);
+            self.free.set(self.free.get() - used);
+            self.counters.sent(1, bytes as u64);
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn available(&self) -> usize {
+        self.free.get().saturating_sub(self.reserved.get())
+    }
+
+    /// Takes back the buffers that the NIC is done with; whether there were some.
+    #[inline]
+    fn reclaim(&self, take: &mut dyn FnMut(Box<Node>)) -> bool {
+        let mut found = false;
+        while let Some(last) = self.next_done() {
+            found = true;
+            let mut at = self.oldest.get();
+            loop {
+                if let Some(node) = self.slots.get(at).and_then(Cell::take) {
+                    take(node);
+                }
+                self.free.set(self.free.get() + 1);
+                let was = at;
+                at = (at + 1) & self.mask;
+                if was == last {
+                    break;
+                }
+            }
+            self.oldest.set(at);
+        }
+        found
+    }
+
+    /// The next descriptor that was to be reported and is done.
+    #[inline]
+    fn next_done(&self) -> Option<usize> {
+        let mut reports = self.reports.borrow_mut();
+        let last = *reports.front()?;
+        let status = self.ring.load_u64(last, 8).ok()?;
+        if status & tx::DD == 0 {
+            return None;
+        }
+        reports.pop_front()
+    }
+
+    /// Takes the buffers back that are done, to their pools.
+    #[inline]
+    fn reclaim_home(&self) -> bool {
+        let mut found = false;
+        while let Some(last) = self.next_done() {
+            found = true;
+            let from = self.oldest.get();
+            let count = (last.wrapping_sub(from) & self.mask) + 1;
+            self.bring_home(from, count);
+            self.oldest.set((last + 1) & self.mask);
+            self.free.set(self.free.get() + count);
+        }
+        found
+    }
+
+    /// Buffers of neighbours mostly have the same home.
+    fn bring_home(&self, from: usize, count: usize) {
+        let (mut at, end) = (from, from + count);
+        while at < end {
+            let Some(node) = self.slots.get(at & self.mask).and_then(Cell::take) else {
+                at += 1;
+                continue;
+            };
+            let Some(local) = pool::local_of(&node) else {
+                pool::give(node);
+                at += 1;
+                continue;
+            };
+            let mut stack = local.stack().borrow_mut();
+            stack.push(node);
+            at += 1;
+            while at < end {
+                let Some(slot) = self.slots.get(at & self.mask) else { break };
+                match slot.take() {
+                    Some(node) if local.is_home_of(&node) => stack.push(node),
+                    other => {
+                        slot.set(other);
+                        break;
+                    }
+                }
+                at += 1;
+            }
+        }
+    }
+
+    #[inline]
+    pub(crate) fn ring_doorbell(&self) {
+        let tail = self.tail.get();
+        if tail == self.rung.get() || self.dead.get() {
+            return;
+        }
+        self.rung.set(tail);
+        let word = self.last.get();
+        if word & tx::RS == 0 {
+            let last = tail.wrapping_sub(1) & self.mask;
+            let _ = self.ring.set_words(last, [(1, (word | tx::RS).to_le())]);
+            self.report(last);
+        }
+        self.doorbell.write(tail as u32);
+    }
+
+    /// A turn of the reactor. True: something was found.
+    #[inline]
+    pub(crate) fn poll(&self) -> bool {
+        self.ring_doorbell();
+        let found = !self.dead.get() && self.reclaim_home();
+        let wanted = self.wanted.get();
+        if wanted != 0 && self.available() >= wanted {
+            self.wake();
+        }
+        found
+    }
+
+    /// Whether the NIC has packets that it is not known to have sent.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.oldest.get() != self.tail.get()
+    }
+
+    /// Whether the next report is there.
+    pub(crate) fn is_ready(&self) -> bool {
+        let reports = self.reports.borrow();
+        let Some(&last) = reports.front() else { return false };
+        matches!(self.ring.load_u64(last, 8), Ok(word) if word & tx::DD != 0)
+    }
+
+    fn wake(&self) {
+        self.wanted.set(0);
+        self.task.take().wake();
+    }
+
+    fn poll_room(&self, wanted: usize, cx: &Context<'_>) -> bool {
+        if self.available() < wanted {
+            self.reclaim_home();
+        }
+        if self.available() >= wanted {
+            return true;
+        }
+        self.wanted.set(wanted);
+        self.task.set(TaskRef::current(cx));
+        false
+    }
+
+    /// Nothing more is sent.
+    pub(crate) fn end(&self) {
+        self.dead.set(true);
+        self.wake();
+    }
+
+    /// See the receive ring.
+    pub(crate) fn release(&self) {
+        if !self.released.replace(true) {
+            self.ring.shared().release();
+            self.slots.iter().filter_map(Cell::take).for_each(pool::give);
+        }
+    }
+
+    /// See the receive ring.
+    pub(crate) fn remains(&self) -> Option<Remains> {
+        if self.released.get() {
+            return None;
+        }
+        let nodes = self.slots.iter().filter_map(Cell::take).collect();
+        Some(Remains { ring: None, nodes })
+    }
+}
+
+/// A context descriptor (section 7.2.2.3).
+fn context(offload: &TxOffload) -> [u64; 2] {
+    let low = u64::from(offload.l3_len)
+        | u64::from(offload.l2_len) << tx::MACLEN_SHIFT
+        | u64::from(offload.vlan.unwrap_or(0)) << tx::VLAN_SHIFT;
+    let mut high = tx::CONTEXT | tx::DEXT;
+    if offload.is_ipv4 {
+        high |= tx::IPV4;
+    }
+    match (offload.l4_checksum, offload.tso) {
+        (_, Some(tso)) => {
+            high |= tx::TCP | u64::from(tso.l4_len) << tx::L4LEN_SHIFT | u64::from(tso.mss) << tx::MSS_SHIFT;
+        }
+        (Some(L4::Tcp), None) => high |= tx::TCP,
+        (Some(L4::Sctp), None) => high |= tx::SCTP,
+        (Some(L4::Udp) | None, None) => {}
+    }
+    [low, high]
+}
+
+/// A transmit queue: a sink of packets, or [`TxQueue::tx_batch`] for the peak. What was sent in a turn of the reactor the NIC is
+/// told of at the turn's end; buffers go home when it has sent them.
+pub struct TxQueue {
+    pub(crate) pair: Rc<Pair>,
+    pub(crate) _owner: Rc<Owner>,
+}
+
+impl TxQueue {
+    /// Sends packets from the front of `packets`, which are taken out, as far as the ring has room; how many. What can't be sent in its
+    /// form is taken out and dropped, and counted as [`tx_invalid`](crate::QueueStatistics::tx_invalid).
+    ///
+    /// # Errors
+    /// What ended the queue; all packets are still there then.
+    #[inline]
+    pub fn tx_batch(&mut self, packets: &mut Vec<Packet>) -> Result<usize> {
+        let gone = self.pair.tx.send_batch(packets);
+        if gone == 0 {
+            self.pair.alive()?;
+        }
+        Ok(gone)
+    }
+
+    /// Sends a packet.
+    ///
+    /// # Errors
+    /// [`SendError`] with the packet.
+    pub fn send(&mut self, packet: Packet) -> Result<(), SendError> {
+        match self.pair.alive() {
+            Ok(()) => self.pair.tx.send(packet),
+            Err(error) => Err(SendError::Ended { packet, error }),
+        }
+    }
+
+    /// Waits until any packet has room.
+    ///
+    /// # Errors
+    /// What ended the queue.
+    pub async fn ready(&mut self) -> Result<()> {
+        poll_fn(|cx| self.pair.poll_room(MAX_DESCRIPTORS, cx)).await
+    }
+
+    /// Waits until the NIC has sent everything. While there is no link, that takes for ever.
+    ///
+    /// # Errors
+    /// What ended the queue.
+    pub async fn drained(&mut self) -> Result<()> {
+        poll_fn(|cx| self.pair.poll_room(self.pair.tx.mask, cx)).await
+    }
+
+    /// Reserves room for any packet, and a buffer for one; `None`: there is none now.
+    pub fn reserve(&self) -> Option<TxToken<'_>> {
+        let ring = &self.pair.tx;
+        if self.pair.alive().is_err() {
+            return None;
+        }
+        if ring.available() < MAX_DESCRIPTORS {
+            ring.reclaim_home();
+        }
+        if ring.available() < MAX_DESCRIPTORS {
+            return None;
+        }
+        let packet = self.buffers().alloc()?;
+        Some(TxToken { room: Room::new(ring), packet })
+    }
+
+    /// Takes back buffers that the NIC is done with, instead of having them go home; up to now. Of a packet in several buffers, each is
+    /// a packet.
+    pub fn reclaim_into(&mut self, packets: &mut Vec<Packet>) -> usize {
+        let before = packets.len();
+        self.pair.tx.reclaim(&mut |node| packets.push(Packet(Some(node))));
+        packets.len() - before
+    }
+
+    /// The queue pair's free buffers.
+    pub fn buffers(&self) -> Buffers {
+        Buffers(self.pair.local.clone())
+    }
+
+    /// The queue's number.
+    pub fn index(&self) -> u16 {
+        self.pair.index
+    }
+}
+
+impl Pair {
+    fn poll_room(&self, wanted: usize, cx: &Context<'_>) -> Poll<Result<()>> {
+        match self.alive() {
+            Err(error) => Poll::Ready(Err(error)),
+            Ok(()) if self.tx.poll_room(wanted, cx) => Poll::Ready(Ok(())),
+            Ok(()) => Poll::Pending,
+        }
+    }
+}
+
+impl Sink<Packet> for TxQueue {
+    type Error = Error;
+
+    fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.pair.poll_room(MAX_DESCRIPTORS, cx)
+    }
+
+    /// A packet that can't be sent in its form is an error, and lost.
+    fn start_send(mut self: Pin<&mut Self>, packet: Packet) -> Result<()> {
+        self.send(packet).map_err(|error| match error {
+            SendError::Ended { error, .. } => error,
+            SendError::Full(_) => {
+                Error::invalid("the transmit ring is full: a sink has to be ready before a packet is sent")
+            }
+            SendError::Invalid { why, .. } => Error::invalid(format!("a packet can't be sent: {why}")),
+        })
+    }
+
+    /// The NIC is told; it need not have sent anything yet.
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.pair.tx.ring_doorbell();
+        Poll::Ready(self.pair.alive())
+    }
+
+    /// Everything is sent.
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        self.pair.poll_room(self.pair.tx.mask, cx)
+    }
+}
+
+impl std::fmt::Debug for TxQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TxQueue").field("index", &self.pair.index).field("free", &self.pair.tx.free.get()).finish()
+    }
+}
+
+/// Reserved room in a transmit ring, and a buffer.
+pub struct TxToken<'a> {
+    room: Room<'a>,
+    packet: Packet,
+}
+
+/// Room for any packet.
+struct Room<'a>(&'a TxRing);
+
+impl<'a> Room<'a> {
+    fn new(ring: &'a TxRing) -> Self {
+        ring.reserved.set(ring.reserved.get() + MAX_DESCRIPTORS);
+        Self(ring)
+    }
+
+    fn send(self, packet: Packet) -> Result<(), SendError> {
+        let ring = self.0;
+        drop(self);
+        ring.send(packet)
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.0.reserved.set(self.0.reserved.get().saturating_sub(MAX_DESCRIPTORS));
+    }
+}
+
+impl TxToken<'_> {
+    /// Has `f` fill a packet of `len` bytes, and sends it.
+    ///
+    /// # Errors
+    /// [`SendError::Invalid`] for a length that can't be sent; `f` is not called for one beyond the buffer.
+    pub fn consume<R>(self, len: usize, f: impl FnOnce(&mut [u8]) -> R) -> Result<R, SendError> {
+        let Self { room, mut packet } = self;
+        if packet.set_len(len).is_err() {
+            return Err(SendError::Invalid { packet, why: "it is longer than a buffer" });
+        }
+        let result = f(packet.data_mut());
+        room.send(packet)?;
+        Ok(result)
+    }
+
+    /// [`TxToken::consume`] of a packet of the caller's; the token's buffer is free again.
+    ///
+    /// # Errors
+    /// [`SendError::Invalid`].
+    pub fn send(self, packet: Packet) -> Result<(), SendError> {
+        self.room.send(packet)
+    }
+
+    /// The buffer, with a length of 0.
+    pub fn packet_mut(&mut self) -> &mut Packet {
+        &mut self.packet
+    }
+}
+
+impl std::fmt::Debug for TxToken<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TxToken").finish_non_exhaustive()
+    }
+}
