@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use crate::dma::IovaRange;
+use crate::{device::State, dma::IovaRange};
 
 /// Why an operation of the runtime failed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -84,6 +84,20 @@ pub enum Error {
         /// Offset of the register in it, in bytes.
         offset: u64,
     },
+    /// The device can't be accessed at present, and nothing was tried: see [`Device::state`](crate::device::Device::state).
+    #[error("the device can't be accessed now: {reason}")]
+    Unavailable {
+        /// What it is instead of live.
+        state: State,
+        /// Why, and what helps.
+        reason: &'static str,
+    },
+    /// Devices were reset, and not all of them came back.
+    #[error("a reset, after which not all is as before: {}", failures(failed))]
+    Reset {
+        /// Those that did not, by their addresses, each with its own error.
+        failed: Vec<(Arc<str>, Error)>,
+    },
     /// The device has no such thing, or can't do this.
     #[error("the device does not support this: {what}")]
     Unsupported {
@@ -152,6 +166,11 @@ fn conflict(mapping: &Option<IovaRange>, reserved: &Option<IovaRange>) -> String
         (None, Some(reserved)) => format!("it reserves IOVA {}, where something is mapped or allowed", range(reserved)),
         (None, None) => "a region that it reserves overlaps an IOVA that is mapped or allowed".into(),
     }
+}
+
+fn failures(failed: &[(Arc<str>, Error)]) -> String {
+    let each: Vec<_> = failed.iter().map(|(device, error)| format!("{device}: {error}")).collect();
+    each.join("; ")
 }
 
 impl Error {

@@ -19,7 +19,8 @@ use anyhow::{Context, Result, bail};
 use crate::{
     binaries::Built,
     initramfs::Archive,
-    machine::{Accel, Boot, DEVICES, DISK, DISKS, SOCKET},
+    machine::{Accel, Boot, CHANNEL, DEVICES, DISK, DISKS, MONITOR, SOCKET},
+    monitor,
     plan::{COMMAND, Step},
     qemu::Qemu,
     report::{Event, Outcome, Reader},
@@ -87,6 +88,7 @@ impl Host<'_> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(self.vm.join(&errors))?);
         let mut child = Killed(command.spawn().context("starting QEMU")?);
         let stdout = child.0.stdout.take().context("QEMU's output")?;
+        monitor::serve(self.vm)?;
         let (mut outcomes, end) = self.follow(&mark, stdout, results, steps)?;
         drop(child);
         if let Some(end) = &end {
@@ -128,12 +130,17 @@ impl Host<'_> {
                 File::create(&path).and_then(|file| file.set_len(DISK)).with_context(|| path.display().to_string())?;
             }
         }
+        for socket in [MONITOR, CHANNEL] {
+            // Of a run before: QEMU would replace it, and we would connect to nobody.
+            let _ = fs::remove_file(self.vm.join(socket));
+        }
         let path = self.vm.join(initramfs(boot));
         let file = File::create(&path).with_context(|| path.display().to_string())?;
         let mut archive = Archive::new(std::io::BufWriter::new(file));
         archive.device("dev/console", 0o600, (5, 1))?;
         archive.file("init", 0o755, include_bytes!("../guest/init.sh"))?;
         archive.file("etc/profile", 0o644, include_bytes!("../guest/profile.sh"))?;
+        archive.file("bin/host", 0o755, include_bytes!("../guest/host.sh"))?;
         archive.file("etc/passwd", 0o644, b"root:x:0:0::/tmp:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n")?;
         archive.file("etc/group", 0o644, b"root:x:0:\nuser:x:1000:\n")?;
         archive.file("mark", 0o644, settings.as_bytes())?;

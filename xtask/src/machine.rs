@@ -12,23 +12,50 @@ pub const NVME: &str = "0000:01:00.0";
 pub const NVME2: &str = "0000:02:00.0";
 /// An Intel 82576 network card.
 pub const IGB: &str = "0000:03:00.0";
+/// One of two NVMe functions that share a port and a bus reset; with the other it makes an IOMMU group.
+pub const PAIR: &str = "0000:04:00.0";
+/// The other.
+pub const PAIR2: &str = "0000:04:00.1";
+/// An NVMe controller that the host can take away and put back: `host device_del plug` and `host device_add plug`.
+pub const PLUG: &str = "0000:05:00.0";
+/// Another 82576, on the same network as the first: what one sends the other receives.
+pub const IGB2: &str = "0000:06:00.0";
 /// QEMU's device for education.
 pub const EDU: &str = "0000:00:04.0";
 
 /// What the guest has to find: address, vendor and device, and what it is.
-pub const DEVICES: [(&str, &str, &str); 4] = [
+pub const DEVICES: [(&str, &str, &str); 8] = [
     (NVME, "1b36:0010", "NVMe controller"),
     (NVME2, "1b36:0010", "second NVMe controller"),
     (IGB, "8086:10c9", "igb network card"),
+    (PAIR, "1b36:0010", "first NVMe function of a pair"),
+    (PAIR2, "1b36:0010", "second NVMe function of a pair"),
+    (PLUG, "1b36:0010", "NVMe controller that can be unplugged"),
+    (IGB2, "8086:10c9", "second igb network card"),
     (EDU, "1234:11e8", "edu device"),
 ];
 
 /// Bytes of each disk.
 pub const DISK: u64 = 256 << 20;
-/// The disks' files: the two namespaces of the first controller, and that of the second.
-pub const DISKS: [&str; 3] = ["disk0.img", "disk1.img", "disk2.img"];
+/// The disks' files: the two namespaces of the first controller, that of the second, those of the pair, that of the one that can be
+/// unplugged.
+pub const DISKS: [&str; 6] = ["disk0.img", "disk1.img", "disk2.img", "disk3.img", "disk4.img", "disk5.img"];
 /// The socket of the software controller, for the machine that has it.
 pub const SOCKET: &str = "nvme.sock";
+
+/// The socket of QEMU's monitor, for QMP.
+pub const MONITOR: &str = "monitor.sock";
+/// The socket of the guest's channel to us: `/dev/vport0p1` in the guest.
+pub const CHANNEL: &str = "channel.sock";
+/// What the guest may have done to (QEMU's names): the device that can be unplugged, and those that links and errors are for.
+pub const PLUGGABLE: &str = "plug";
+/// The network cards.
+pub const CARDS: [&str; 2] = ["card0", "card1"];
+
+/// The device that can be unplugged, as `device_add` has it.
+pub fn pluggable() -> serde_json::Value {
+    serde_json::json!({ "driver": "nvme", "id": PLUGGABLE, "bus": "port5", "drive": "disk5", "serial": "PLUG" })
+}
 
 /// How QEMU runs the guest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -79,6 +106,10 @@ impl Boot {
         add("-display", "none");
         add("-kernel", &kernel.display().to_string());
         add("-initrd", &initramfs.display().to_string());
+        add("-qmp", &format!("unix:{MONITOR},server=on,wait=off"));
+        add("-chardev", &format!("socket,id=channel,path={CHANNEL},server=on,wait=off"));
+        add("-device", "virtio-serial-pci,id=serial,addr=1e.0");
+        add("-device", "virtserialport,bus=serial.0,nr=1,chardev=channel,name=host");
         match self {
             Self::Devices | Self::NoIommu => {
                 add("-machine", &format!("q35,{irqchip}"));
@@ -90,19 +121,29 @@ impl Boot {
                     add("-append", &format!("{append} vfio.enable_unsafe_noiommu_mode=1"));
                 }
                 // A link of the first generation and one lane: with others the bus reset of vfio-pci waits in vain.
-                for port in 1..=3 {
-                    let place = format!("chassis={port},slot={port},addr={port}");
+                // The slot after that of edu is the fourth port's.
+                for (port, addr) in (1..).zip([1, 2, 3, 5, 6, 7]) {
+                    let place = format!("chassis={port},slot={port},addr={addr}");
                     add("-device", &format!("pcie-root-port,id=port{port},{place},x-speed=2_5,x-width=1"));
                 }
                 for (disk, file) in DISKS.iter().enumerate() {
-                    add("-drive", &format!("if=none,id=disk{disk},file={file},format=raw,cache=unsafe"));
+                    // Not by -drive: such a disk ends with its device.
+                    let cache = "cache.direct=off,cache.no-flush=on";
+                    add("-blockdev", &format!("driver=file,node-name=disk{disk},filename={file},{cache}"));
                 }
                 add("-device", "nvme,id=nvme0,bus=port1,serial=TEST0");
                 add("-device", "nvme-ns,bus=nvme0,drive=disk0,nsid=1");
                 add("-device", "nvme-ns,bus=nvme0,drive=disk1,nsid=2,logical_block_size=4096,physical_block_size=4096");
                 add("-device", "nvme,id=nvme1,bus=port2,drive=disk2,serial=TEST1");
-                add("-netdev", "hubport,id=net0,hubid=0");
-                add("-device", "igb,bus=port3,netdev=net0");
+                add("-device", "nvme,id=pair0,bus=port4,addr=0.0,multifunction=on,drive=disk3,serial=PAIR0");
+                add("-device", "nvme,id=pair1,bus=port4,addr=0.1,drive=disk4,serial=PAIR1");
+                add("-device", &pluggable().to_string());
+                for (card, (id, port)) in CARDS.iter().zip(["port3", "port6"]).enumerate() {
+                    add("-netdev", &format!("hubport,id=net{card},hubid=0"));
+                    // QEMU's own addresses begin in the same way.
+                    let mac = format!("52:54:00:12:34:{:02x}", 0x56 + card);
+                    add("-device", &format!("igb,id={id},bus={port},netdev=net{card},mac={mac}"));
+                }
                 add("-device", "edu,addr=4");
             }
             Self::VfioUser => {

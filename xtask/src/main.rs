@@ -11,6 +11,7 @@ mod check;
 mod initramfs;
 mod kernel;
 mod machine;
+mod monitor;
 mod packages;
 mod plan;
 mod qemu;

@@ -13,6 +13,8 @@
 //!
 //! A test that finds nothing to do and writes a line that begins with `skipped:` makes its step fail: here it has all it needs.
 //!
+//! `host device_del plug` and others of its kind have the host do something to the machine: see [`monitor`](crate::monitor).
+//!
 //! Programs are linked statically and built with the profile `guest`. In the guest a program is at `/bin/NAME` and a test at
 //! `/tests/PACKAGE.NAME`. `VFIO_URING_GUEST=1` is set, for tests that do nothing elsewhere.
 
@@ -20,7 +22,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::{Boot, EDU, IGB, NVME, NVME2};
+use crate::machine::{Boot, EDU, IGB, NVME, NVME2, PLUG};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -212,11 +214,18 @@ impl Step {
 pub fn steps() -> Vec<Step> {
     let steps = vec![
         Step::program("guest", XTASK, &["guest-check"]).within(30),
+        Step::script("machine", include_str!("../guest/machine.sh"), &[]).within(120),
         Step::test("reactor", "vfio-uring", "reactor").within(120),
         Step::script("vfio-bind", include_str!("../guest/vfio-bind.sh"), &[]).devices(&[NVME, EDU]).each_transport(),
         kernel_vfio(Step::test("group", "vfio-uring", "vfio_group").on(Transport::Group))
             .args(&["--skip", "without_an_iommu"]),
         kernel_vfio(Step::test("cdev", "vfio-uring", "vfio_cdev").on(Transport::Cdev)),
+        Step::test("events", "vfio-uring", "vfio_events")
+            .devices(&[PLUG, IGB])
+            .each_transport()
+            .env("VFIO_URING_TEST_PLUG", PLUG)
+            .env("VFIO_URING_TEST_AER", IGB)
+            .within(240),
         Step::test("noiommu", "vfio-uring", "vfio_group")
             .on(Transport::Group)
             .args(&["without_an_iommu"])

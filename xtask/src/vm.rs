@@ -19,7 +19,7 @@ use crate::{
     VmArguments, binaries,
     boot::{self, Host},
     kernel,
-    machine::{Accel, Boot, DISKS},
+    machine::{Accel, Boot, CHANNEL, DISKS, MONITOR},
     plan::{self, Binary, COMMAND},
     qemu::Qemu,
     report,
@@ -138,7 +138,7 @@ fn clean(vm: &Path, keep: bool) {
         return;
     }
     let made = Boot::ALL.map(boot::initramfs);
-    for file in made.iter().map(String::as_str).chain(DISKS) {
+    for file in made.iter().map(String::as_str).chain(DISKS).chain([MONITOR, CHANNEL]) {
         // It may not have been made.
         let _ = fs::remove_file(vm.join(file));
     }

@@ -58,6 +58,9 @@ impl Bar {
     }
 
     fn unavailable(&self, offset: u64) -> Error {
+        if let Some(cause) = self.region.gate().cause() {
+            return cause;
+        }
         Error::MmioUnavailable { bar: self.region.index(), offset }
     }
 
@@ -65,7 +68,7 @@ impl Bar {
     ///
     /// # Errors
     /// [`Error::Invalid`] when it is misaligned or outside of the BAR; [`Error::MmioUnavailable`] when it is mapped, and the
-    /// device's memory is not there; [`Error::Refused`] when the device says no, else the error that ended the device.
+    /// device's memory is not there, as while it is reset; [`Error::Unavailable`] for the same where it is not mapped; [`Error::Refused`] when the device says no, else the error that ended the device.
     pub async fn read<T: Value>(&self, offset: u64) -> Result<T> {
         match self.find(offset)? {
             Some(register) => register.try_read().map_err(|_| self.unavailable(offset)),
@@ -104,10 +107,15 @@ impl Bar {
         let way = match self.find(offset)? {
             Some(register) => Way::Mapped(register),
             None => match self.region.transport() {
-                Transport::User(connection) => Way::Messages(PostedWrite::new(bar, offset, T::SIZE), connection.clone()),
-                Transport::Group(attached) | Transport::Cdev(attached) => {
-                    Way::Descriptor(PostedRegister::new(attached.clone(), self.region.place(offset), T::SIZE))
+                Transport::User(connection) => {
+                    Way::Messages(PostedWrite::new(bar, offset, T::SIZE, self.region.gate()), connection.clone())
                 }
+                Transport::Group(attached) | Transport::Cdev(attached) => Way::Descriptor(PostedRegister::new(
+                    attached.clone(),
+                    self.region.place(offset),
+                    T::SIZE,
+                    self.region.gate(),
+                )),
             },
         };
         Ok(Posted { way, bar, offset })
@@ -154,7 +162,8 @@ impl<T> fmt::Debug for Posted<T> {
 
 impl<T: Value> Posted<T> {
     /// Writes, after all that was stored to DMA memory before. Where the register is not mapped a message goes out soon; while
-    /// one is under way, only the newest of the values written meanwhile follows it.
+    /// one is under way, only the newest of the values written meanwhile follows it. While the device is not
+    /// [live](super::Device::state) nothing is written, and nothing later; [`Posted::take_error`] tells.
     #[inline]
     pub fn write(&self, value: T) {
         match &self.way {

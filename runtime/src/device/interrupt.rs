@@ -13,7 +13,7 @@ use std::{
 use futures::Stream;
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
 
-use super::Inner;
+use super::{Inner, gate::Access};
 use crate::{
     Error, Result,
     reactor::op::{self, MultishotPoll},
@@ -148,6 +148,9 @@ impl Drop for Interrupt {
 
 pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32) -> Result<Vec<Interrupt>> {
     let has = device.irqs.get(irq as usize).map_or(0, |info| info.count);
+    if matches!(irq, Irq::Error | Irq::Request) && device.transport.is_kernel() && has != 0 {
+        return Err(Error::invalid(format!("{irq:?} is taken: Device::events() tells of errors and removal requests")));
+    }
     if count == 0 || start.checked_add(count).is_none_or(|end| end > has) {
         return Err(Error::Unsupported { what: format!("{irq:?} vectors {start}+{count}: it has {has}") });
     }
@@ -159,6 +162,7 @@ pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32)
     // From here on a failure, or a dropped future, takes back what was assigned.
     let interrupts = (start..).zip(&fds).map(|(vector, fd)| Interrupt::new(device, irq, vector, fd));
     let interrupts = interrupts.collect::<Result<Vec<_>>>()?;
+    let _inside = device.gate.enter(Access::Control)?;
     device.transport.set_irqs(irq as u32, start, &fds).await?;
     Ok(interrupts)
 }

@@ -23,15 +23,21 @@
 mod address;
 mod bar;
 mod config;
+mod events;
+pub(crate) mod gate;
 mod interrupt;
 mod open;
 mod region;
+mod removal;
+mod reset;
 
-use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Arc, time::Duration};
 
 pub use address::Address;
 pub use bar::{Bar, Posted};
 pub use config::ConfigSpace;
+pub use events::{Event, Events, RemovalPolicy};
+pub use gate::{State, StateChange, StateChanges};
 pub use interrupt::{Interrupt, Irq};
 pub use region::{Region, index};
 
@@ -47,6 +53,8 @@ use crate::{
         vfio::{DeviceFd, VfToken},
     },
 };
+use events::Board;
+use gate::{Access, Gate};
 use open::{Opened, Seat, Way};
 use region::RegionState;
 
@@ -81,6 +89,8 @@ pub struct Options {
     /// Opens a device without an IOMMU, by its group: it can then write to any memory of the machine, and no memory can be
     /// mapped for it.
     pub no_iommu: bool,
+    /// What happens when the kernel asks the device back, to unbind or unplug it: the application has 5 s by default.
+    pub removal: RemovalPolicy,
 }
 
 impl Default for Options {
@@ -95,6 +105,7 @@ impl Default for Options {
             space: None,
             vf_token: None,
             no_iommu: false,
+            removal: RemovalPolicy::default(),
         }
     }
 }
@@ -120,9 +131,18 @@ pub(crate) struct Inner {
     /// Vectors that an [`Interrupt`] has.
     vectors: RefCell<BTreeSet<(u32, u32)>>,
     regions: Vec<RegionState>,
+    gate: Arc<Gate>,
     transport: Transport,
-    _seat: Option<Seat>,
+    /// `None` once the device is closed.
+    seat: RefCell<Option<Seat>>,
+    board: Rc<Board>,
     dma: AddressSpace,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.gate.close_for_good();
+    }
 }
 
 /// An open device: a handle, whose clones are the same device. It belongs to the reactor that it was opened on.
@@ -177,9 +197,15 @@ impl Device {
             Address::Group(bdf) => open::kernel(*bdf, Way::Group, options).await?,
             Address::Cdev(bdf) => open::kernel(*bdf, Way::Cdev, options).await?,
         };
-        let Opened { regions, transport, seat, dma, info, irqs } = opened;
-        let (address, vectors) = (address.clone(), RefCell::default());
-        Ok(Self { inner: Rc::new(Inner { address, info, irqs, vectors, regions, transport, _seat: seat, dma }) })
+        let Opened { regions, gate, transport, seat, dma, info, irqs, signals } = opened;
+        let (address, vectors, board) = (address.clone(), RefCell::default(), Rc::default());
+        let seat = RefCell::new(Some(seat));
+        let inner = Rc::new(Inner { address, info, irqs, vectors, regions, gate, transport, seat, board, dma });
+        if let Some(signals) = signals {
+            let (gate, board) = (inner.gate.clone(), inner.board.clone());
+            reactor::spawn(events::watch(Rc::downgrade(&inner), gate, board, signals, options.removal));
+        }
+        Ok(Self { inner })
     }
 
     /// Where the device is.
@@ -220,7 +246,7 @@ impl Device {
         self.inner.transport.cause()
     }
 
-    /// Waits until the device is gone: its server has ended, or broke the protocol, or missed a deadline.
+    /// Waits until the device is gone: its server has ended, or broke the protocol, or missed a deadline; or it was taken away.
     pub async fn gone(&self) -> Error {
         self.inner.transport.until_gone().await
     }
@@ -273,18 +299,8 @@ impl Device {
     /// # Errors
     /// [`Error::Refused`] when the device says no.
     pub async fn unmask(&self, irq: Irq) -> Result<()> {
+        let _inside = self.inner.gate.enter(Access::Control)?;
         self.inner.transport.unmask_irqs(irq as u32, 0, 1).await
-    }
-
-    /// Resets the device. What it knew of queues and interrupts is lost, DMA mappings stay.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] when the device has no reset, [`Error::Refused`] when it failed.
-    pub async fn reset(&self) -> Result<()> {
-        if !self.inner.info.reset {
-            return Err(Error::Unsupported { what: "a reset".into() });
-        }
-        self.inner.transport.reset().await
     }
 
     /// Lets the device master the bus (do DMA, send MSIs) and decode its memory, or takes the former from it.

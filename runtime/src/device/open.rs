@@ -3,15 +3,17 @@
 use std::{
     path::Path,
     rc::Rc,
+    sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
 use blocking::unblock;
 
-use super::{Address, DeviceInfo, FLAG_PCI, FLAG_RESET, IrqInfo, Options, region::RegionState};
+use super::{Address, DeviceInfo, FLAG_PCI, FLAG_RESET, IrqInfo, Options, events::Signals, gate::Gate, region::RegionState};
 use crate::{
     Error, Result,
-    dma::{AddressSpace, Backend, IovaRange, Peers, overlaps, peers::Membership},
+    dma::{AddressSpace, Backend, IovaRange, Peers, overlaps, peers::Membership, vacate::Presence},
     pci::{Bdf, sysfs::Pci},
     reactor,
     transport::{
@@ -33,11 +35,14 @@ const CLOSING: Duration = Duration::from_millis(200);
 /// What a device is made of. In the order of closing: mappings of BARs, the device, its place in the address space, the space.
 pub(super) struct Opened {
     pub(super) regions: Vec<RegionState>,
+    pub(super) gate: Arc<Gate>,
     pub(super) transport: Transport,
-    pub(super) seat: Option<Seat>,
+    pub(super) seat: Seat,
     pub(super) dma: AddressSpace,
     pub(super) info: DeviceInfo,
     pub(super) irqs: Vec<IrqInfo>,
+    /// Of a device of the kernel.
+    pub(super) signals: Option<Signals>,
 }
 
 /// The ways of the kernel.
@@ -79,8 +84,10 @@ pub(super) async fn user(path: &Path, options: &Options) -> Result<Opened> {
             (dma.clone(), Membership::first(&dma))
         }
     };
-    let seat = Some(Seat::User(member));
-    Ok(Opened { regions, transport: Transport::User(connection), seat, dma, info: info.into(), irqs })
+    let seat = Seat::User(member);
+    let gate = Gate::of_user(&name());
+    connection.shut_with_it(&gate);
+    Ok(Opened { regions, gate, transport: Transport::User(connection), seat, dma, info: info.into(), irqs, signals: None })
 }
 
 /// What a server refuses to describe, the device does not have.
@@ -106,6 +113,7 @@ pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Open
         Some(space) => Some(space.attaching().await),
         None => None,
     };
+    options.space.as_ref().map_or(Ok(()), AddressSpace::check_alive)?;
     let (token, no_iommu) = (options.vf_token, options.no_iommu);
     let start = Instant::now();
     let seated = loop {
@@ -115,19 +123,20 @@ pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Open
             seated => break seated,
         }
     };
-    let Seated { device, place, usable, granule, max_mappings, info, regions, irqs } = match (seated, &options.space) {
-        (Err(Refusal::Reserves(reserved, error)), Some(space)) => {
-            let clash = overlaps(space.taken().into_iter(), &reserved);
-            return Err(match (error, clash) {
-                (Error::Conflict { device, .. }, Some((mapping, reserved))) => {
-                    Error::Conflict { device, mapping: Some(mapping), reserved: Some(reserved) }
-                }
-                (error, _) => error,
-            });
-        }
-        (Err(Refusal::Reserves(_, error) | Refusal::Other(error)), _) => return Err(error),
-        (Ok(seated), _) => seated,
-    };
+    let Seated { device, place, usable, granule, max_mappings, info, regions, irqs, signals } =
+        match (seated, &options.space) {
+            (Err(Refusal::Reserves(reserved, error)), Some(space)) => {
+                let clash = overlaps(space.taken().into_iter(), &reserved);
+                return Err(match (error, clash) {
+                    (Error::Conflict { device, .. }, Some((mapping, reserved))) => {
+                        Error::Conflict { device, mapping: Some(mapping), reserved: Some(reserved) }
+                    }
+                    (error, _) => error,
+                });
+            }
+            (Err(Refusal::Reserves(_, error) | Refusal::Other(error)), _) => return Err(error),
+            (Ok(seated), _) => seated,
+        };
     let dma = match &options.space {
         Some(space) => space.clone(),
         None => {
@@ -144,15 +153,24 @@ pub(super) async fn kernel(bdf: Bdf, way: Way, options: &Options) -> Result<Open
         })
         .collect();
     let by_group = matches!(place, Place::Group(..));
-    let attached = Rc::new(Attached::new(device, irqs.clone()));
+    let group = match &place {
+        Place::Group(container, number) => {
+            container.groups().into_iter().find_map(|(of, group)| (of == *number).then_some(group))
+        }
+        Place::Cdev(..) => None,
+    };
+    let gate = Gate::of_kernel(bdf, group);
+    let attached = Rc::new(Attached::new(device, irqs.clone(), gate.clone()));
     let transport = if by_group { Transport::Group(attached) } else { Transport::Cdev(attached) };
     let opened = Opened {
         regions,
+        gate,
         transport,
-        seat: Some(Seat::Kernel(KernelSeat { place: Some(place), space: dma.clone() })),
+        seat: Seat::Kernel(KernelSeat { place: Some(place), presence: Presence::new(&dma) }),
         dma,
         info: info.into(),
         irqs,
+        signals: Some(signals),
     };
     // After the device is put together: dropped here, it leaves the space as it was.
     opened.dma.install(&usable).map_err(|(mapping, reserved)| Error::Conflict {
@@ -200,6 +218,28 @@ impl Place {
         }
     }
 
+    /// Gives the place up, after its device is closed, in a space that others still hold handles of.
+    fn vacate(self) -> Left {
+        match self {
+            Self::Group(container, group) => {
+                let until = Instant::now() + CLOSING;
+                loop {
+                    match container.remove_group(group) {
+                        Ok(true) => return Left::Nothing,
+                        Ok(false) => return Left::Others(container.info().ok().and_then(|info| info.ranges)),
+                        // An operation of the ring may still have the device; or another device of the group is open.
+                        Err(Error::InUse { .. }) if Instant::now() < until => thread::sleep(CLOSING / 20),
+                        Err(error) => {
+                            tracing::debug!(group, %error, "the group stays in its container");
+                            return Left::Others(None);
+                        }
+                    }
+                }
+            }
+            cdev => Left::Others(cdev.leave()),
+        }
+    }
+
     /// What can be mapped at present, the smallest page, and mappings at most.
     fn limits(&self) -> Result<Limits> {
         match self {
@@ -219,27 +259,54 @@ impl Place {
 }
 
 /// Gives a place up after its device is closed, and lets those that stay have what it kept from them.
-#[expect(dead_code, reason = "they are there to be dropped")]
 pub(super) enum Seat {
     Kernel(KernelSeat),
-    User(Membership),
+    User(#[expect(dead_code, reason = "it is there to be dropped")] Membership),
 }
 
 pub(super) struct KernelSeat {
     place: Option<Place>,
-    space: AddressSpace,
+    presence: Presence,
+}
+
+impl KernelSeat {
+    /// Whether no other device is in the space.
+    pub(super) fn is_last(&self) -> bool {
+        self.presence.is_last()
+    }
+
+    /// Gives the place up although the space is still held by others. After the device is closed.
+    pub(super) async fn leave(mut self) {
+        let Some(place) = self.place.take() else { return };
+        match unblock(move || place.vacate()).await {
+            Left::Others(usable) => self.install(usable),
+            Left::Nothing => self.presence.space().emptied(),
+        }
+    }
+
+    /// Ranges only grow here. A space that can't be told keeps the narrower ones.
+    fn install(&self, usable: Option<Vec<IovaRange>>) {
+        if let Some(usable) = usable
+            && let Err((mapping, hole)) = self.presence.space().install(&usable)
+        {
+            tracing::warn!(?mapping, ?hole, "the kernel's ranges shrank when a device left");
+        }
+    }
 }
 
 impl Drop for KernelSeat {
     fn drop(&mut self) {
         let usable = self.place.take().and_then(Place::leave);
-        // Ranges only grow here. A space that can't be told keeps the narrower ones.
-        if let Some(usable) = usable
-            && let Err((mapping, hole)) = self.space.install(&usable)
-        {
-            tracing::warn!(?mapping, ?hole, "the kernel's ranges shrank when a device left");
-        }
+        self.install(usable);
     }
+}
+
+/// What is left of an address space after a device has left it.
+enum Left {
+    /// It has other devices, or is there all the same; what can be mapped in it.
+    Others(Option<Vec<IovaRange>>),
+    /// The kernel has unmapped everything.
+    Nothing,
 }
 
 struct Seated {
@@ -251,6 +318,7 @@ struct Seated {
     info: super::ProtocolInfo,
     regions: Vec<Option<RegionInfo>>,
     irqs: Vec<IrqInfo>,
+    signals: Signals,
 }
 
 enum Refusal {
@@ -319,8 +387,8 @@ fn seat(bdf: Bdf, way: Way, host: Option<Host>, token: Option<&VfToken>, no_iomm
         }
     };
     match describe(&device, &place, no_iommu) {
-        Ok((info, regions, irqs, (usable, granule, max_mappings))) => {
-            Ok(Seated { device, place, usable, granule, max_mappings, info, regions, irqs })
+        Ok((info, regions, irqs, signals, (usable, granule, max_mappings))) => {
+            Ok(Seated { device, place, usable, granule, max_mappings, info, regions, irqs, signals })
         }
         Err(error) => {
             drop(device);
@@ -331,18 +399,19 @@ fn seat(bdf: Bdf, way: Way, host: Option<Host>, token: Option<&VfToken>, no_iomm
 }
 
 type Limits = (Vec<IovaRange>, u64, usize);
-type Description = (super::ProtocolInfo, Vec<Option<RegionInfo>>, Vec<IrqInfo>, Limits);
+type Description = (super::ProtocolInfo, Vec<Option<RegionInfo>>, Vec<IrqInfo>, Signals, Limits);
 
 /// What the kernel says of a device and of what it can reach.
 fn describe(device: &DeviceFd, place: &Place, no_iommu: bool) -> Result<Description> {
     let info = device.info()?;
     let regions = (0..info.regions.min(MAX_REGIONS)).map(|index| device.region_info(index)).collect::<Result<_>>()?;
-    let irqs = (0..info.irqs.min(MAX_IRQS)).map(|index| device.irq_info(index)).collect::<Result<_>>()?;
+    let irqs = (0..info.irqs.min(MAX_IRQS)).map(|index| device.irq_info(index)).collect::<Result<Vec<_>>>()?;
+    let signals = Signals::bind(device, &irqs);
     let limits = match no_iommu {
         true => (Vec::new(), rustix::param::page_size() as u64, 0),
         false => place.limits()?,
     };
-    Ok((info, regions, irqs, limits))
+    Ok((info, regions, irqs, signals, limits))
 }
 
 impl From<super::ProtocolInfo> for DeviceInfo {

@@ -2,7 +2,10 @@
 
 use std::{cell::OnceCell, fmt, os::fd::OwnedFd, rc::Rc, sync::Arc};
 
-use super::{Area, Inner};
+use super::{
+    Area, Inner,
+    gate::{Access, Gate},
+};
 use crate::{
     Error, Result,
     dma::SharedMemory,
@@ -49,7 +52,7 @@ pub(super) struct MappedArea {
 enum Source {
     Nothing,
     /// A descriptor of its own, of a vfio-user server.
-    File(OwnedFd),
+    File(Arc<OwnedFd>),
     /// The device's.
     Device(DeviceFd),
 }
@@ -62,7 +65,7 @@ pub(super) struct RegionState {
 
 impl RegionState {
     pub(super) fn new(info: RegionInfo, fd: Option<OwnedFd>) -> Self {
-        Self { info, source: fd.map_or(Source::Nothing, Source::File), mapped: OnceCell::new() }
+        Self { info, source: fd.map_or(Source::Nothing, |fd| Source::File(Arc::new(fd))), mapped: OnceCell::new() }
     }
 
     /// A region of a device of the kernel.
@@ -71,31 +74,31 @@ impl RegionState {
     }
 
     /// Maps what may be mapped, once. Without a descriptor nothing is: messages do as well.
-    fn map(&self, region: u32) -> Result<&[MappedArea]> {
+    fn map(&self, region: u32, gate: &Gate) -> Result<&[MappedArea]> {
         if let Some(mapped) = self.mapped.get() {
             return Ok(mapped);
         }
         let mut mapped = Vec::new();
         if GUARDED && self.info.flags & REGION_FLAG_MMAP != 0 {
             for area in &self.info.areas {
-                let memory = self.map_area(*area).map_err(|error| {
+                let memory = self.map_area(*area, gate).map_err(|error| {
                     Error::fault(format!("region {region}: its area {:#x}+{:#x}: {error}", area.offset, area.size))
                 })?;
-                mapped.extend(memory.map(|memory| MappedArea { offset: area.offset, memory: Arc::new(memory) }));
+                mapped.extend(memory.map(|memory| MappedArea { offset: area.offset, memory }));
             }
         }
         Ok(self.mapped.get_or_init(|| mapped))
     }
 
-    fn map_area(&self, area: Area) -> Result<Option<SharedMemory>> {
+    fn map_area(&self, area: Area, gate: &Gate) -> Result<Option<Arc<SharedMemory>>> {
         let page = rustix::param::page_size() as u64;
         let offset = self.info.offset.checked_add(area.offset).filter(|offset| offset.is_multiple_of(page));
         let offset = offset.ok_or_else(|| Error::invalid("it does not start at a page of its descriptor"))?;
         let len = usize::try_from(area.size).map_err(|_| Error::invalid("it is larger than memory"))?;
         match &self.source {
             Source::Nothing => Ok(None),
-            Source::File(fd) => SharedMemory::map(fd, offset, len, true).map(Some),
-            Source::Device(device) => device.map(offset, len, true).map(Some),
+            Source::File(fd) => gate.map(fd, offset, || SharedMemory::map(fd, offset, len, true)).map(Some),
+            Source::Device(device) => gate.map(device.shared(), offset, || device.map(offset, len, true)).map(Some),
         }
     }
 }
@@ -146,12 +149,24 @@ impl Region {
         &self.device.transport
     }
 
+    pub(super) fn gate(&self) -> &Arc<Gate> {
+        &self.device.gate
+    }
+
+    /// What an access to it is to the gate.
+    pub(super) fn access(&self) -> Access {
+        match self.index {
+            index::BAR0..=index::ROM | index::VGA => Access::Memory,
+            _ => Access::Control,
+        }
+    }
+
     pub(super) fn place(&self, offset: u64) -> Place {
         Place { region: self.index, base: self.info().map_or(0, |info| info.offset), offset }
     }
 
     pub(super) fn mapped(&self) -> Result<&[MappedArea]> {
-        self.device.regions.get(self.index as usize).map_or(Ok(&[]), |state| state.map(self.index))
+        self.device.regions.get(self.index as usize).map_or(Ok(&[]), |state| state.map(self.index, &self.device.gate))
     }
 
     /// See [`index`].
@@ -189,9 +204,12 @@ impl Region {
     /// Reads `to.len()` bytes at `offset`, always by messages, even where the region is mapped.
     ///
     /// # Errors
-    /// [`Error::Invalid`] outside of the region, [`Error::Refused`] when the device says no, else the error that ended the device.
+    /// [`Error::Invalid`] outside of the region, [`Error::Unavailable`] at once while the device is not
+    /// [live](super::Device::state), except for configuration space while it is unavailable; [`Error::Refused`] when the device says
+    /// no, else the error that ended the device.
     pub async fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
         self.check(offset, to.len())?;
+        let _inside = self.device.gate.enter(self.access())?;
         self.device.transport.read(self.place(offset), to).await
     }
 
@@ -201,6 +219,7 @@ impl Region {
     /// See [`Region::read`].
     pub async fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
         self.check(offset, from.len())?;
+        let _inside = self.device.gate.enter(self.access())?;
         self.device.transport.write(self.place(offset), from).await
     }
 

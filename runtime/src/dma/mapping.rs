@@ -25,6 +25,7 @@ pub(super) struct Region {
     /// Of the devices of a shared space, those that have it.
     holders: Mutex<Vec<u64>>,
     owned: AtomicBool,
+    unmapped: AtomicBool,
 }
 
 /// What is behind the memory of a region.
@@ -38,8 +39,9 @@ pub(super) enum Backing {
 
 impl Region {
     pub(super) fn new(memory: SharedMemory, backing: Backing, iova: u64) -> Self {
-        let (view, holders, owned) = (OnceLock::new(), Mutex::default(), AtomicBool::new(true));
-        Self { memory, iova, backing, view, holders, owned }
+        let (view, holders) = (OnceLock::new(), Mutex::default());
+        let (owned, unmapped) = (AtomicBool::new(true), AtomicBool::new(false));
+        Self { memory, iova, backing, view, holders, owned, unmapped }
     }
 
     /// The memory as the device sees it: mapped once more, at first use. A pool lends slices of its own mapping, and nothing in
@@ -67,6 +69,15 @@ impl Region {
         if let Backing::Foreign(keeper) = &self.backing {
             keeper.set_pinned(pinned);
         }
+    }
+
+    /// Whether it was unmapped while its mapping has an owner: nothing is left to do when it is retired.
+    pub(super) fn is_unmapped(&self) -> bool {
+        self.unmapped.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn mark_unmapped(&self) {
+        self.unmapped.store(true, Ordering::Relaxed);
     }
 
     /// Whether its mapping has an owner: else it waits for its unmap.

@@ -48,6 +48,7 @@ pub mod ring;
 pub mod shared;
 pub mod space;
 pub mod stats;
+pub(crate) mod vacate;
 
 pub use access::Access;
 pub use backend::Backend;

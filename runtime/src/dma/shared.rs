@@ -6,7 +6,10 @@
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{Ordering, fence},
+    sync::{
+        OnceLock,
+        atomic::{Ordering, fence},
+    },
 };
 
 use rustix::{fs, mm};
@@ -110,6 +113,10 @@ impl From<AccessError> for Error {
     }
 }
 
+fn prot(writable: bool) -> mm::ProtFlags {
+    if writable { mm::ProtFlags::READ | mm::ProtFlags::WRITE } else { mm::ProtFlags::READ }
+}
+
 #[cold]
 fn vanished(offset: u64, len: usize) -> AccessError {
     AccessError::Vanished { offset, len }
@@ -169,15 +176,50 @@ impl SharedMemory {
     }
 
     fn map_unchecked(fd: BorrowedFd<'_>, offset: u64, len: usize, writable: bool) -> Result<Self> {
-        let prot = if writable { mm::ProtFlags::READ | mm::ProtFlags::WRITE } else { mm::ProtFlags::READ };
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
-        let ptr = unsafe { mm::mmap(std::ptr::null_mut(), len, prot, mm::MapFlags::SHARED, fd, offset) }
+        let ptr = unsafe { mm::mmap(std::ptr::null_mut(), len, prot(writable), mm::MapFlags::SHARED, fd, offset) }
             .map_err(|e| Error::io(format!("mapping {len} bytes at {offset:#x}"), e))?;
         // SAFETY: the range was mapped just now. A fork must not share DMA memory with its child.
         let _ = unsafe { mm::madvise(ptr, len, mm::Advice::LinuxDontFork) };
         let ptr = NonNull::new(ptr.cast()).expect("mmap never gives null");
         let mapping = Unmap(ptr, len);
         Ok(Self { ptr, len, writable, guard: Guard::new(ptr.as_ptr() as usize, len)?, _mapping: Some(mapping) })
+    }
+
+    /// Takes the memory away from under its users: until [`SharedMemory::restore`] every access finds none, as after the file was
+    /// truncated. When it returns no access to what was mapped is under way any more, and none keeps the file open: to replace a
+    /// mapping, the kernel waits for the page faults in it and has all processors forget where it led.
+    ///
+    /// The caller has one thread at a time do this. A failure may leave it in place.
+    pub(crate) fn withdraw(&self) -> Result<()> {
+        static NOTHING: OnceLock<Result<OwnedFd>> = OnceLock::new();
+        let nothing = NOTHING.get_or_init(|| {
+            let flags = fs::MemfdFlags::CLOEXEC | fs::MemfdFlags::ALLOW_SEALING;
+            let fd = fs::memfd_create("vfio-uring-withdrawn", flags).map_err(|e| Error::io("memfd_create", e))?;
+            let seals = fs::SealFlags::SHRINK | fs::SealFlags::GROW | fs::SealFlags::SEAL;
+            fs::fcntl_add_seals(&fd, seals).map_err(|e| Error::io("sealing a memfd", e))?;
+            Ok(fd)
+        });
+        self.replace(nothing.as_ref().map_err(Error::clone)?.as_fd(), 0)
+    }
+
+    /// Gives back what was withdrawn: `offset` of `fd`, which is what was mapped here at first.
+    pub(crate) fn restore(&self, fd: BorrowedFd<'_>, offset: u64) -> Result<()> {
+        self.replace(fd, offset)
+    }
+
+    fn replace(&self, fd: BorrowedFd<'_>, offset: u64) -> Result<()> {
+        let Some(Unmap(ptr, len)) = &self._mapping else {
+            return Err(Error::invalid("memory of somebody else can't be withdrawn"));
+        };
+        let at = ptr.as_ptr().cast();
+        // SAFETY: the range is a mapping of ours, whole, which lives as long as `self`; the new one may be accessed in the same ways,
+        // and no reference to the memory is ever made. It is replaced in one step: there is no moment without a mapping.
+        unsafe { mm::mmap(at, *len, prot(self.writable), mm::MapFlags::SHARED | mm::MapFlags::FIXED, fd, offset) }
+            .map_err(|e| Error::io(format!("mapping {len:#x} bytes in place of others"), e))?;
+        // SAFETY: the range was mapped just now.
+        let _ = unsafe { mm::madvise(at, *len, mm::Advice::LinuxDontFork) };
+        Ok(())
     }
 
     /// Memory of somebody else, who keeps it.
@@ -353,6 +395,27 @@ mod tests {
         check::<192>(&memory);
         memory.write_obj(16, &[1u64, 2]).unwrap();
         assert_eq!(memory.read_obj::<[u64; 2]>(16), Ok([1, 2]));
+    }
+
+    #[test]
+    fn what_is_withdrawn_comes_back_in_place() {
+        if !GUARDED {
+            return;
+        }
+        let (fd, one) = SharedMemory::create("test", 8192, HugePages::No).unwrap();
+        let two = SharedMemory::map(&fd, 4096, 4096, true).unwrap();
+        one.store_u32(4096, 7).unwrap();
+        for _ in 0..3 {
+            two.withdraw().unwrap();
+            assert_eq!(two.load_u32(0), Err(vanished(0, 4)));
+            assert_eq!(two.write(8, &[1; 16]), Err(vanished(8, 16)));
+            assert_eq!(one.load_u32(4096), Ok(7));
+            two.restore(fd.as_fd(), 4096).unwrap();
+            assert_eq!(two.load_u32(0), Ok(7));
+        }
+        assert!(two.take_faults().is_some());
+        two.withdraw().unwrap();
+        two.withdraw().unwrap();
     }
 
     #[test]

@@ -51,14 +51,18 @@ pub(super) struct Inner {
     iova: RefCell<IovaAllocator>,
     /// What the device has or may have mapped, by address.
     mapped: RefCell<BTreeMap<u64, Weak<Region>>>,
-    leaked: RefCell<Vec<Arc<Region>>>,
+    pub(super) leaked: RefCell<Vec<Arc<Region>>>,
     quarantined: Cell<(usize, u64)>,
     forgotten: Arc<Forgotten>,
     retired: Arc<Retired>,
     /// Held while a device joins.
     attaching: Mutex<()>,
     /// Held while unmaps are under way: who is short of addresses waits for those of another task.
-    reclaiming: Mutex<()>,
+    pub(super) reclaiming: Mutex<()>,
+    /// Devices of the kernel in it.
+    pub(super) devices: Cell<usize>,
+    /// The last of them was taken away.
+    pub(super) vacated: Cell<bool>,
 }
 
 impl fmt::Debug for Inner {
@@ -78,7 +82,7 @@ impl Drop for Inner {
         if self.backend.is_kernel() {
             // Memory of the caller is freed only against proof, and there is nobody to wait for it.
             while let Some(region) = self.retired.pop() {
-                if region.fd().is_none() {
+                if region.fd().is_none() && !region.is_unmapped() {
                     self.backend.unmap_detached(region);
                 }
             }
@@ -107,6 +111,8 @@ impl AddressSpace {
             retired: Arc::default(),
             attaching: Mutex::default(),
             reclaiming: Mutex::default(),
+            devices: Cell::new(0),
+            vacated: Cell::new(false),
         };
         Self { inner: Rc::new(inner) }
     }
@@ -370,6 +376,7 @@ impl Inner {
     }
 
     fn check_budget(&self, bytes: u64) -> Result<()> {
+        self.check_alive()?;
         if self.mapped.borrow().len() < self.max_mappings.get() {
             return Ok(());
         }
@@ -458,6 +465,10 @@ impl Inner {
             return false;
         }
         let Some(region) = self.retired.pop() else { return false };
+        if region.is_unmapped() {
+            self.release(region.iova, region.len());
+            return true;
+        }
         let mut unmap = Unmap { retired: &self.retired, region: Some(region.clone()) };
         let result = self.backend.unmap(&region).await;
         unmap.region = None;
@@ -468,12 +479,15 @@ impl Inner {
                 return true;
             }
             Err(_) if self.backend.is_gone() => {}
-            Err(error) => {
-                tracing::warn!(iova = region.iova, bytes = region.len(), %error, "a mapping is leaked: its unmap failed");
-                self.leaked.borrow_mut().push(region);
-            }
+            Err(error) => self.leak(region, &error),
         }
         false
+    }
+
+    /// Keeps a region as long as the space: it could not be unmapped.
+    pub(super) fn leak(&self, region: Arc<Region>, error: &Error) {
+        tracing::warn!(iova = region.iova, bytes = region.len(), %error, "a mapping is leaked: its unmap failed");
+        self.leaked.borrow_mut().push(region);
     }
 
     /// Calls `visit` with the memory of each region that `iova..iova + len` touches, the offset in it, and the part of the request.

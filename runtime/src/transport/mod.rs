@@ -11,7 +11,7 @@ use std::{os::fd::OwnedFd, pin::Pin, rc::Rc, sync::Arc, task::Context, task::Pol
 use user::{client::Connection, link::UntilGone};
 use vfio::Attached;
 
-use crate::{Error, Result};
+use crate::{Error, Result, device::gate::Ended};
 
 /// An open device, by the way it is reached.
 #[derive(Clone)]
@@ -71,26 +71,22 @@ impl Transport {
         }
     }
 
-    pub(crate) async fn reset(&self) -> Result<()> {
-        match self {
-            Self::User(connection) => connection.reset().await,
-            Self::Group(attached) | Self::Cdev(attached) => attached.reset().await,
-        }
+    pub(crate) fn is_kernel(&self) -> bool {
+        !matches!(self, Self::User(_))
     }
 
     /// Why the device is gone, if it is.
     pub(crate) fn cause(&self) -> Option<Error> {
         match self {
             Self::User(connection) => connection.cause(),
-            Self::Group(_) | Self::Cdev(_) => None,
+            Self::Group(attached) | Self::Cdev(attached) => attached.gate().cause(),
         }
     }
 
     pub(crate) fn until_gone(&self) -> Gone {
         match self {
             Self::User(connection) => Gone::User(connection.until_gone()),
-            // A descriptor of the kernel stays: a device that is taken away asks for it first.
-            Self::Group(_) | Self::Cdev(_) => Gone::Never,
+            Self::Group(attached) | Self::Cdev(attached) => Gone::Kernel(Ended::new(attached.gate())),
         }
     }
 }
@@ -99,7 +95,7 @@ impl Transport {
 #[derive(Debug)]
 pub(crate) enum Gone {
     User(UntilGone),
-    Never,
+    Kernel(Ended),
 }
 
 impl Future for Gone {
@@ -108,7 +104,7 @@ impl Future for Gone {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Error> {
         match self.get_mut() {
             Self::User(gone) => Pin::new(gone).poll(cx),
-            Self::Never => Poll::Pending,
+            Self::Kernel(ended) => Pin::new(ended).poll(cx),
         }
     }
 }

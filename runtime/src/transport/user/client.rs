@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    device::gate::Gate,
     dma::AddressSpace,
     reactor::{self, JoinHandle, sleep},
 };
@@ -100,6 +101,16 @@ impl Connection {
     /// Lets the server's DMA_READ and DMA_WRITE reach `space`, and tells it when the connection ends.
     pub fn serve(&self, space: &AddressSpace) {
         self.link.serve(space.downgrade());
+    }
+
+    /// Ends the connection.
+    pub(crate) fn close(&self, cause: Error) {
+        self.link.fail(cause);
+    }
+
+    /// The gate of the device behind it, which is gone with it.
+    pub(crate) fn shut_with_it(&self, gate: &Arc<Gate>) {
+        self.link.shut_with_it(gate);
     }
 
     /// Whether the connection has ended.

@@ -25,7 +25,11 @@ use super::{
     protocol::{self, Expect},
     wire::{RegionAccess, command},
 };
-use crate::{Error, Result, dma::WeakAddressSpace};
+use crate::{
+    Error, Result,
+    device::gate::{Access, Gate},
+    dma::WeakAddressSpace,
+};
 
 /// The reply to a command.
 #[derive(Debug)]
@@ -62,6 +66,7 @@ pub(crate) struct PostedWrite {
     value: Cell<u64>,
     state: Cell<Posting>,
     error: RefCell<Option<Error>>,
+    gate: Arc<Gate>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,9 +79,10 @@ enum Posting {
 }
 
 impl PostedWrite {
-    pub(crate) fn new(region: u32, offset: u64, width: usize) -> Rc<Self> {
+    pub(crate) fn new(region: u32, offset: u64, width: usize, gate: &Arc<Gate>) -> Rc<Self> {
         let access = RegionAccess { offset: offset.into(), region: region.into(), count: (width as u32).into() };
-        Rc::new(Self { access, value: Cell::new(0), state: Cell::new(Posting::Idle), error: RefCell::default() })
+        let (value, state, error) = (Cell::new(0), Cell::new(Posting::Idle), RefCell::default());
+        Rc::new(Self { access, value, state, error, gate: gate.clone() })
     }
 
     /// The error of the last write that was refused, once.
@@ -110,6 +116,7 @@ pub(crate) struct Link {
     rewatch: Cell<bool>,
     watched: Cell<Option<Instant>>,
     space: RefCell<Option<WeakAddressSpace>>,
+    gate: RefCell<Option<Arc<Gate>>>,
     ended: Cell<bool>,
     cause: RefCell<Option<Error>>,
     runner: RefCell<Option<Waker>>,
@@ -139,6 +146,7 @@ impl Link {
             rewatch: Cell::new(false),
             watched: Cell::new(None),
             space: RefCell::default(),
+            gate: RefCell::default(),
             ended: Cell::new(false),
             cause: RefCell::default(),
             runner: RefCell::default(),
@@ -149,6 +157,14 @@ impl Link {
     /// The memory that DMA_READ and DMA_WRITE of the server reach.
     pub(super) fn serve(&self, space: WeakAddressSpace) {
         self.space.replace(Some(space));
+    }
+
+    /// The gate that is shut for ever when the connection ends.
+    pub(super) fn shut_with_it(&self, gate: &Arc<Gate>) {
+        self.gate.replace(Some(gate.clone()));
+        if let Some(cause) = self.cause() {
+            gate.end(cause);
+        }
     }
 
     /// Why the connection has ended.
@@ -178,6 +194,10 @@ impl Link {
             tracing::warn!(peer = self.peer, %cause, "the connection is given up");
         }
         self.cause.replace(Some(cause.clone()));
+        // Before anybody learns of the end: whoever does finds the device gone.
+        if let Some(gate) = &*self.gate.borrow() {
+            gate.end(cause.clone());
+        }
         // The peer learns of it now, not when the last operation has let go of the socket.
         let _ = rustix::net::shutdown(&*self.fd, rustix::net::Shutdown::Both);
         let queued = self.queue.take().into_iter().map(|outgoing| outgoing.answer);
@@ -240,6 +260,12 @@ impl Link {
     }
 
     fn post_again(&self, write: Rc<PostedWrite>) {
+        // Messages are sent in their order: one that is queued here comes before the reset, or the gate is closed already.
+        if let Err(error) = write.gate.enter(Access::Memory) {
+            write.error.replace(Some(error));
+            write.state.set(Posting::Idle);
+            return;
+        }
         write.state.set(Posting::Queued);
         let expect = Expect::exactly(command::REGION_WRITE, size_of::<RegionAccess>());
         let _ = self.push(Outgoing { bytes: Vec::new(), fds: Vec::new(), expect, answer: Answer::Posted(write) });

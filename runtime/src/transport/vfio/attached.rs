@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    device::gate::{Access, Gate},
     reactor::{self, op},
     transport::Place,
 };
@@ -38,6 +39,7 @@ pub(crate) struct Attached {
     released: RefCell<Vec<(u32, u32)>>,
     /// A request was given up before its answer: what the kernel has is not known.
     unknown: Cell<bool>,
+    gate: Arc<Gate>,
 }
 
 /// What the kernel has bound.
@@ -49,8 +51,12 @@ struct Irqs {
 }
 
 impl Attached {
-    pub(crate) fn new(device: DeviceFd, infos: Vec<IrqInfo>) -> Self {
-        Self { device, infos, irqs: Mutex::default(), released: RefCell::default(), unknown: Cell::new(false) }
+    pub(crate) fn new(device: DeviceFd, infos: Vec<IrqInfo>, gate: Arc<Gate>) -> Self {
+        Self { device, infos, irqs: Mutex::default(), released: RefCell::default(), unknown: Cell::new(false), gate }
+    }
+
+    pub(crate) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     pub(crate) fn device(&self) -> &DeviceFd {
@@ -90,12 +96,6 @@ impl Attached {
             }
         }
         Ok(())
-    }
-
-    /// Resets the device, on a thread of its own.
-    pub(crate) async fn reset(&self) -> Result<()> {
-        let device = self.device.clone();
-        unblock(move || device.reset()).await
     }
 
     pub(crate) async fn unmask_irqs(&self, index: u32, start: u32, count: u32) -> Result<()> {
@@ -193,16 +193,20 @@ pub(crate) struct PostedRegister {
     next: Cell<Option<u64>>,
     writing: Cell<bool>,
     error: Cell<Option<Error>>,
+    gate: Arc<Gate>,
 }
 
 impl PostedRegister {
-    pub(crate) fn new(attached: Rc<Attached>, at: Place, size: usize) -> Rc<Self> {
+    pub(crate) fn new(attached: Rc<Attached>, at: Place, size: usize, gate: &Arc<Gate>) -> Rc<Self> {
         let (next, writing, error) = Default::default();
-        Rc::new(Self { attached, at, size, next, writing, error })
+        Rc::new(Self { attached, at, size, next, writing, error, gate: gate.clone() })
     }
 
     /// Has the value written soon: while a write is under way, only the newest of the values that come meanwhile follows it.
     pub(crate) fn post(self: &Rc<Self>, value: u64) {
+        if let Err(error) = self.gate.enter(Access::Memory) {
+            return self.error.set(Some(error));
+        }
         self.next.set(Some(value));
         if self.writing.replace(true) {
             return;
@@ -210,7 +214,12 @@ impl PostedRegister {
         let this = self.clone();
         reactor::spawn(async move {
             while let Some(value) = this.next.take() {
-                if let Err(error) = this.attached.write(this.at, &value.to_le_bytes()[..this.size]).await {
+                // A value from before a reset is nothing to the device that comes out of it.
+                let written = match this.gate.enter(Access::Memory) {
+                    Ok(_inside) => this.attached.write(this.at, &value.to_le_bytes()[..this.size]).await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = written {
                     this.error.set(Some(error));
                 }
             }

@@ -1,11 +1,15 @@
 //! A device's descriptor: what the device is, its regions and their bytes.
 
 use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    mem::ManuallyDrop,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     sync::Arc,
 };
 
-use rustix::io::{Errno, pread, pwrite, retry_on_intr};
+use rustix::{
+    fs::{self, Mode, OFlags},
+    io::{DupFlags, Errno, dup3, pread, pwrite, retry_on_intr},
+};
 use zerocopy::IntoBytes;
 
 use super::{abi, ioctl};
@@ -38,6 +42,22 @@ impl DeviceFd {
     /// The descriptor, for operations of the ring.
     pub fn shared(&self) -> &Arc<OwnedFd> {
         &self.0
+    }
+
+    /// Closes the device behind the descriptor, whoever holds clones of it: from now on they refer to nothing, and every request of
+    /// theirs fails with EBADF. The number stays taken. What is under way still has the device until it has ended.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when there is nothing to put into its place.
+    pub(crate) fn retire(&self) -> Result<()> {
+        let failed = |errno| Error::io("closing a device whose handles are still held", errno);
+        // A descriptor that is good for nothing: no read, no write, no request, no mapping.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let nothing = fs::open("/", flags, Mode::empty()).map_err(failed)?;
+        // SAFETY: the number is open for as long as `self` lives, and is not closed here. Its owners keep owning it: what changes is
+        // the file that it stands for.
+        let mut number = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(self.0.as_raw_fd()) });
+        dup3(&nothing, &mut number, DupFlags::CLOEXEC).map_err(failed)
     }
 
     /// What the device is, and how much of it there is.

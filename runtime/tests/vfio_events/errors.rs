@@ -1,0 +1,41 @@
+//! Errors of PCI Express.
+
+use std::fs;
+
+use futures::FutureExt;
+use vfio_uring::pci::Bdf;
+
+use super::*;
+
+/// Completion timeout: not corrected, not fatal.
+const COMPLETION_TIMEOUT: u32 = 1 << 14;
+
+/// Has the kernel believe that the device reported an error: `struct aer_error_inj` of `drivers/pci/pcie/aer_inject.c`. QEMU's
+/// `pcie_aer_inject_error` does not get through: its 82576 can't be told to report.
+fn inject(bdf: &str) {
+    let bdf: Bdf = bdf.parse().unwrap();
+    let mut request = [0; 32];
+    request[..3].copy_from_slice(&[bdf.bus, bdf.device, bdf.function]);
+    request[4..8].copy_from_slice(&COMPLETION_TIMEOUT.to_ne_bytes());
+    request[28..].copy_from_slice(&u32::from(bdf.domain).to_ne_bytes());
+    fs::write("/dev/aer_inject", request).expect("an error that is injected");
+}
+
+#[test]
+fn errors_are_told() {
+    let Some(named) = named("VFIO_URING_TEST_AER") else { return };
+    run(async {
+        let device = named.open(LIMIT).await;
+        let (mut one, mut two) = (device.events(), device.events());
+        for _ in 0..2 {
+            inject(&named.bdf);
+            assert_eq!(next(&mut one).await, Some(Event::Error));
+            assert_eq!(next(&mut two).await, Some(Event::Error));
+        }
+        // It works on: the kernel asks whether it can, and the answer is yes.
+        assert_eq!(device.config().ids().await.unwrap().vendor, 0x8086);
+        assert_eq!(one.next().now_or_never(), None);
+        drop(device);
+        assert_eq!((next(&mut one).await, next(&mut one).await), (Some(Event::Gone), None));
+    });
+}
