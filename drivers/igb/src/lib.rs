@@ -41,6 +41,7 @@ mod packet;
 mod pool;
 mod queue;
 mod regs;
+mod rings;
 mod rx;
 mod shared;
 pub mod spec;
