@@ -47,6 +47,7 @@ mod shared;
 pub mod spec;
 mod statistics;
 mod tx;
+mod vf;
 
 pub use counters::QueueStatistics;
 pub use error::{Error, Result, SendError};
@@ -59,3 +60,4 @@ pub use queue::{Parts, Proof, QueueSeed};
 pub use rx::{RxQueue, RxToken};
 pub use statistics::Statistics;
 pub use tx::{TxQueue, TxToken};
+pub use vf::{Vf, VfOptions, VfStatistics};
