@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::{Boot, EDU, IGB, NVME, NVME2, PLUG};
+use crate::machine::{Boot, EDU, IGB, IGB_VFS, NVME, NVME2, PLUG};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -233,6 +233,13 @@ pub fn steps() -> Vec<Step> {
             .devices(&[NVME])
             .env("VFIO_URING_TEST_NOIOMMU", NVME),
         Step::test("nvme", "vfio-uring-cli", "on_device").devices(&[NVME, NVME2]).each_transport().within(240),
+        // The physical function stays with Linux.
+        Step::test("igb-vf", "vfio-uring-cli", "igb_vf")
+            .each_transport()
+            .env("VFIO_URING_TEST_VFS", IGB_VFS)
+            .before(include_str!("../guest/igb-vf.sh"))
+            .after(include_str!("../guest/igb-vf-after.sh"))
+            .within(240),
         Step::script("exchange", include_str!("../guest/exchange.sh"), &[ON_DEVICE]).each_transport(),
         Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]).within(120),
         Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).boot(Boot::VfioUser).within(120),
