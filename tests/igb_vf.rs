@@ -19,6 +19,7 @@ use futures::{StreamExt, future::Either, future::select, pin_mut};
 use vf::{ECHO, HEADERS, HOST, Host, Interface, LINUX, blocking, content};
 use vfio_uring::{
     device::{Address, Device},
+    dma::Pool,
     reactor::{Idle, Reactor, sleep, timeout},
 };
 use vfio_uring_igb::{Error, Vf, VfOptions};
@@ -111,6 +112,13 @@ async fn linked(vf: &Vf) {
     while !changes.next().await.unwrap().unwrap().up {}
 }
 
+/// Sees that all of its memory has come back.
+async fn all_is_back(memory: &Pool) {
+    sleep(Duration::from_millis(10)).await;
+    let stats = memory.stats();
+    assert_eq!((stats.free, stats.quarantined), (stats.bytes, 0), "everything comes back");
+}
+
 /// Stops it, and sees that all of its memory has come back.
 async fn stop(vf: Vf, hosts: impl IntoIterator<Item = Host>) {
     let memory = vf.memory().clone();
@@ -118,9 +126,7 @@ async fn stop(vf: Vf, hosts: impl IntoIterator<Item = Host>) {
     for mut host in hosts {
         assert!(matches!(host.serve().await, Error::Stopped));
     }
-    sleep(Duration::from_millis(10)).await;
-    let stats = memory.stats();
-    assert_eq!((stats.free, stats.quarantined), (stats.bytes, 0), "everything comes back");
+    all_is_back(&memory).await;
 }
 
 async fn talks_to_linux(rig: Rig, options: VfOptions) {
@@ -165,7 +171,7 @@ fn what_the_physical_function_grants() {
     run(Idle::Hybrid, async |rig| {
         let (first, second) = (rig.device(0).await, rig.device(1).await);
         // Linux has set the first's address, and so does not let it take another.
-        let (vf, _seeds) = Vf::new(&first, VfOptions::default()).await.unwrap();
+        let (vf, _) = Vf::new(&first, VfOptions::default()).await.unwrap();
         assert_eq!(vf.mac(), GIVEN);
         assert!(matches!(vf.set_mac([2, 0, 0, 0, 0, 9]).await, Err(Error::Refused(_))));
         assert!(matches!(vf.set_mac([1, 0, 0, 0, 0, 9]).await, Err(Error::Runtime(_))));
@@ -174,7 +180,7 @@ fn what_the_physical_function_grants() {
         let other = VfOptions { mac: Some([2, 0, 0, 0, 0, 9]), ..VfOptions::default() };
         assert!(matches!(Vf::new(&first, other).await, Err(Error::Refused(_))));
         // The second may be called what it likes: now something made up.
-        let (vf, _seeds) = Vf::new(&second, VfOptions::default()).await.unwrap();
+        let (vf, _) = Vf::new(&second, VfOptions::default()).await.unwrap();
         assert_eq!(vf.mac()[0] & 3, 2);
         vf.set_mac([2, 0, 0, 0, 0, 9]).await.unwrap();
         assert_eq!(vf.mac(), [2, 0, 0, 0, 0, 9]);
@@ -259,7 +265,7 @@ fn the_link_goes_and_comes() {
     run(Idle::Hybrid, async |rig| {
         let device = rig.device(0).await;
         let options = VfOptions { interrupt: Some(Duration::ZERO), ..VfOptions::default() };
-        let (vf, _seeds) = Vf::new(&device, options).await.unwrap();
+        let (vf, _) = Vf::new(&device, options).await.unwrap();
         linked(&vf).await;
         let mut changes = vf.link_changes();
         assert!(changes.next().await.unwrap().unwrap().up);
@@ -291,9 +297,7 @@ fn a_reset_of_the_physical_function_is_seen() {
         let memory = vf.memory().clone();
         vf.stop().await.unwrap();
         drop(host);
-        sleep(Duration::from_millis(10)).await;
-        let stats = memory.stats();
-        assert_eq!((stats.free, stats.quarantined), (stats.bytes, 0), "everything comes back");
+        all_is_back(&memory).await;
         let error = Vf::new(&device, VfOptions::default()).await.map(drop).unwrap_err();
         assert!(matches!(error, Error::Pf(_)), "{error}");
         rig.pf.set_up(true);
