@@ -59,12 +59,10 @@ impl Pair {
         Device::open(&self.addresses[index]).await.unwrap()
     }
 
-    /// The second device in the address space of the first.
-    pub async fn devices_in_one_space(&self) -> (Device, Device) {
-        let a = self.device(0).await;
-        let options = DeviceOptions { space: Some(a.dma().clone()), ..DeviceOptions::default() };
-        let b = Device::open_with(&self.addresses[1], options).await.unwrap();
-        (a, b)
+    /// A device in the address space of another.
+    pub async fn joined(&self, index: usize, other: &Device) -> Device {
+        let options = DeviceOptions { space: Some(other.dma().clone()), ..DeviceOptions::default() };
+        Device::open_with(&self.addresses[index], options).await.unwrap()
     }
 
     /// Both are brought up, with one queue pair each, and have a link.
