@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures::{SinkExt, StreamExt};
-use vfio_uring::reactor::{Idle, sleep, timeout};
+use vfio_uring::reactor::{Idle, sleep, timeout, yield_now};
 use vfio_uring_igb::{Error, LinkState, Nic, Options};
 use vfio_uring_models::igb::Config;
 
@@ -81,7 +81,9 @@ fn the_link_goes_down_and_up() {
             for _ in 0..3 {
                 pair.handles[0].set_link(false);
                 assert_eq!(changes.next().await.unwrap().unwrap(), LinkState::default());
-                assert_eq!(a.nic.link().await.unwrap().to_string(), "down");
+                while a.nic.link().await.unwrap().to_string() != "down" {
+                    yield_now().await;
+                }
                 pair.handles[0].set_link(true);
                 assert_eq!(changes.next().await.unwrap().unwrap().to_string(), "up, 1000 Mb/s, full duplex");
             }

@@ -21,8 +21,8 @@ fn holding_everything_starves_and_recovers() {
                 yield_now().await;
             }
             a.send(&frame(to, from, 100, seed)).await;
-            while let Some(token) = b.rx.try_recv().unwrap() {
-                held.push(token.into_packet().into());
+            if seed < 100 {
+                held.push(b.rx.recv().await.unwrap().into());
             }
         }
         a.tx.drained().await.unwrap();
@@ -31,7 +31,7 @@ fn holding_everything_starves_and_recovers() {
         }
         assert_eq!(held.len(), 100, "all but those in the ring");
         for (bytes, seed) in held.iter().zip(0..) {
-            assert_eq!(*bytes, frame(to, from, 100, seed));
+            assert_eq!(bytes[..], frame(to, from, 100, seed));
         }
         let statistics = b.nic.statistics().await.unwrap();
         assert!(statistics.queues.rx_starved > 0);
@@ -103,7 +103,7 @@ fn without_a_stop_memory_is_given_up() {
         let (a, b) = two(options).await;
         let memory = a.nic.memory().clone();
         drop((a.rx, a.tx));
-        assert_eq!(memory.stats().quarantined, 2 * 4096, "the rings; the buffers wait for the stop");
+        assert_eq!(memory.stats().quarantined, 0, "it waits for the stop");
         drop(a.nic);
         sleep(Duration::from_millis(1)).await;
         let stats = memory.stats();
