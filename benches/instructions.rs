@@ -9,7 +9,11 @@ mod common;
 
 use std::{env, fs, process::Command};
 
-use common::{Floor, Rig, reactor};
+use common::{
+    Floor, Rig,
+    forward::{ForwardFloor, ForwardRig},
+    reactor,
+};
 use vfio_uring::reactor::Guest;
 
 const FEW: u64 = 12_800;
@@ -32,8 +36,19 @@ const CASES: [(&str, usize, Option<f64>, f64); 11] = [
 /// Bars for the instructions over the floor at depth 128.
 const TAX: [(&str, f64); 2] = [("future", 110.0), ("stream", 45.0)];
 
+/// Instructions of a packet that is forwarded at this batch: what is aimed at, what is held, and the bar for the ratio to the loop
+/// written by hand.
+const FORWARD: (usize, f64, f64, f64) = (32, 130.0, 130.0, 1.25);
+
 fn main() {
     let args: Vec<String> = env::args().collect();
+    // `cargo bench --bench instructions -- forward`: only that.
+    if args.iter().any(|arg| arg == "forward") && !args.iter().any(|arg| arg == "--case") {
+        let mut worse = Vec::new();
+        forward(&mut worse);
+        assert!(worse.is_empty(), "more instructions than before: {worse:?}");
+        return;
+    }
     if let Some(at) = args.iter().position(|arg| arg == "--case") {
         return run_case(&args[at + 1], args[at + 2].parse().expect("a depth"), args[at + 3].parse().expect("a count"));
     }
@@ -65,7 +80,22 @@ fn main() {
     for (form, bar) in TAX {
         println!("{form} over the floor at depth 128: {:.1} (bar {bar})", at_128(form) - at_128("floor"));
     }
+    forward(&mut worse);
     assert!(worse.is_empty(), "more instructions than before: {worse:?}");
+}
+
+/// The forward path of the NIC driver.
+fn forward(worse: &mut Vec<String>) {
+    let (batch, bar, held, ratio_bar) = FORWARD;
+    println!("\ninstructions per forwarded packet at batch {batch}, driver's side (device not counted)");
+    let (floor, total) = (per_io("forward-floor", batch, "*measured*"), per_io("forward", batch, "*measured*"));
+    let ratio = total / floor;
+    println!("by hand {floor:.1}, driver {total:.1} (bar {bar}, held {held}), ratio {ratio:.2} (bar {ratio_bar})");
+    let allocating = per_io("forward", batch, "malloc") + per_io("forward", batch, "free");
+    println!("in the allocator: {allocating:.1}");
+    if total > held || ratio > ratio_bar || allocating != 0.0 {
+        worse.push(format!("forward: {total:.1}, ratio {ratio:.2}, {allocating:.1} in the allocator"));
+    }
 }
 
 /// Instructions of one I/O in functions that match `toggle`.
@@ -95,6 +125,15 @@ fn count(case: &str, depth: usize, toggle: &str, ios: u64) -> u64 {
 fn run_case(case: &str, depth: usize, ios: u64) {
     match case {
         "floor" => measured(|| Floor::new(depth).run(ios)),
+        "forward-floor" => {
+            let mut floor = ForwardFloor::new(depth);
+            measured(|| floor.run(ios));
+        }
+        "forward" => {
+            let reactor = reactor();
+            let mut rig = reactor.block_on(ForwardRig::new(depth));
+            measured(|| reactor.block_on(rig.run(ios)));
+        }
         "guest" => {
             let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("tokio");
             let mut guest = Guest::new().expect("a guest");

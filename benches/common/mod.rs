@@ -1,6 +1,10 @@
 //! What the benchmarks share: a queue pair, a device that is serviced inline on the same thread, and the floor, which is the
 //! same I/O loop written by hand, without futures, on the same queue memory.
 
+// Each benchmark uses a part of it.
+#[allow(dead_code)]
+pub mod forward;
+
 use std::{
     cell::Cell,
     future::Future,

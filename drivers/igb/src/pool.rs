@@ -38,6 +38,12 @@ impl Home {
         }
     }
 
+    /// What comes back is freed from now on.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.drain();
+    }
+
     fn drain(&self) {
         while self.returned.pop().is_some() {}
     }
@@ -67,8 +73,7 @@ impl Local {
     /// The queue has ended: buffers are freed from now on.
     pub(crate) fn close(self: &Rc<Self>) {
         let _ = LOCALS.try_with(|locals| locals.borrow_mut().retain(|local| !Rc::ptr_eq(local, self)));
-        self.home.closed.store(true, Ordering::SeqCst);
-        self.home.drain();
+        self.home.close();
         let nodes = self.stack.take();
         drop(nodes);
     }

@@ -226,9 +226,10 @@ impl QueueSeed {
 
 impl Drop for QueueSeed {
     fn drop(&mut self) {
-        if let Some(Inner { rx, tx, shared, index, .. }) = self.inner.take() {
-            shared.bury(Remains { ring: Some(rx.ring), nodes: rx.nodes });
-            shared.bury(Remains { ring: Some(tx), nodes: Vec::new() });
+        if let Some(Inner { rx, tx, shared, index, home, .. }) = self.inner.take() {
+            home.close();
+            shared.bury(Remains { ring: rx.ring, nodes: rx.nodes });
+            shared.bury(Remains { ring: tx, nodes: Vec::new() });
             shared.leave(index.into());
         }
     }

@@ -41,7 +41,8 @@ pub(crate) enum Drop {
 
 /// A receive ring: there is a buffer in every descriptor, all but one of which the NIC has.
 pub(crate) struct RxRing {
-    ring: DmaRing<[u64; 2]>,
+    /// There is one until the queue goes.
+    ring: Option<DmaRing<[u64; 2]>>,
     slots: Box<[Cell<Option<Box<Node>>>]>,
     mask: usize,
     /// The next descriptor that the NIC writes.
@@ -92,7 +93,7 @@ impl RxRing {
         let size = nodes.len();
         // The one before the first is the last that the NIC has: it was told so when it was brought up.
         Self {
-            ring,
+            ring: Some(ring),
             slots: nodes.into_iter().map(|node| Cell::new(Some(node))).collect(),
             mask: size.saturating_sub(1),
             next: Cell::new(0),
@@ -116,7 +117,8 @@ impl RxRing {
     /// Whether the NIC has written the next descriptor.
     #[inline]
     fn has_descriptor(&self) -> bool {
-        matches!(self.ring.load_u64(self.next.get(), 8), Ok(word) if word & rx::DD != 0)
+        let Some(ring) = &self.ring else { return false };
+        matches!(ring.load_u64(self.next.get(), 8), Ok(word) if word & rx::DD != 0)
     }
 
     /// Whether a packet, or a part of one, can be taken.
@@ -128,9 +130,7 @@ impl RxRing {
     /// Takes up to `max` packets that are there, and puts fresh buffers in their place.
     #[inline]
     fn take(&self, out: &mut Vec<Packet>, max: usize) -> usize {
-        if self.dead.get() {
-            return 0;
-        }
+        let Some(ring) = self.ring.as_ref().filter(|_| !self.dead.get()) else { return 0 };
         let mut stack = self.local.stack().borrow_mut();
         let (mut at, mut bytes, mut taken) = (self.next.get(), 0, 0);
         // A NIC that writes descriptors which it was not given does not keep us here.
@@ -138,7 +138,7 @@ impl RxRing {
             if taken == max {
                 break;
             }
-            let Ok(status) = self.ring.load_u64(at, 8) else { break };
+            let Ok(status) = ring.load_u64(at, 8) else { break };
             if status & rx::DD == 0 {
                 break;
             }
@@ -149,8 +149,8 @@ impl RxRing {
                 self.starve();
                 break;
             };
-            let (Ok(info), Some(slot)) = (self.ring.load_u64(at, 0), self.slots.get(at)) else { break };
-            let _ = self.ring.set_words(at, [(0, fresh.iova.to_le()), (1, 0)]);
+            let (Ok(info), Some(slot)) = (ring.load_u64(at, 0), self.slots.get(at)) else { break };
+            let _ = ring.set_words(at, [(0, fresh.iova.to_le()), (1, 0)]);
             let Some(mut node) = slot.replace(Some(fresh)) else { break };
             at = (at + 1) & self.mask;
             let len = (status >> rx::LEN_SHIFT) as usize & 0xffff;
@@ -290,20 +290,21 @@ impl RxRing {
     /// The NIC is proven not to touch the ring nor its buffers any more: they go back.
     pub(crate) fn release(&self) {
         if !self.released.replace(true) {
-            self.ring.shared().release();
+            self.ring.iter().for_each(|ring| ring.shared().release());
             self.slots.iter().filter_map(Cell::take).for_each(pool::give);
             self.partial.take().into_iter().for_each(pool::give);
         }
     }
 
     /// What the NIC may still use; `None`: nothing.
-    pub(crate) fn remains(&self) -> Option<Remains> {
+    pub(crate) fn remains(&mut self) -> Option<Remains> {
+        let ring = self.ring.take()?;
         if self.released.get() {
             return None;
         }
         self.partial.take().into_iter().for_each(pool::give);
         let nodes = self.slots.iter().filter_map(Cell::take).collect();
-        Some(Remains { ring: None, nodes })
+        Some(Remains { ring, nodes })
     }
 }
 

@@ -46,17 +46,14 @@ pub(crate) struct Shared {
 
 /// Memory that the NIC may still use: given up when dropped, unless it is released.
 pub(crate) struct Remains {
-    /// A ring; that of a queue which was started is given up with it.
-    pub(crate) ring: Option<DmaRing<[u64; 2]>>,
+    pub(crate) ring: DmaRing<[u64; 2]>,
     pub(crate) nodes: Vec<Box<Node>>,
 }
 
 impl Remains {
     /// The NIC is proven not to use it any more.
     pub(crate) fn release(mut self) {
-        if let Some(ring) = &self.ring {
-            ring.shared().release();
-        }
+        self.ring.shared().release();
         self.nodes.drain(..).for_each(crate::pool::give);
     }
 }

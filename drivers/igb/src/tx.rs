@@ -43,7 +43,8 @@ const REPORT: usize = 32;
 
 /// A transmit ring.
 pub(crate) struct TxRing {
-    ring: DmaRing<[u64; 2]>,
+    /// There is one until the queue goes.
+    ring: Option<DmaRing<[u64; 2]>>,
     slots: Box<[Cell<Option<Box<Node>>>]>,
     mask: usize,
     /// The next descriptor to write.
@@ -81,7 +82,7 @@ impl TxRing {
         counters: Arc<Counters>,
     ) -> Self {
         Self {
-            ring,
+            ring: Some(ring),
             slots: (0..size).map(|_| Cell::default()).collect(),
             mask: size.saturating_sub(1),
             tail: Cell::new(0),
@@ -150,7 +151,7 @@ impl TxRing {
 
     /// Writes a packet of one descriptor.
     #[inline(always)]
-    fn put_plain(&self, at: usize, node: Box<Node>) -> usize {
+    fn put_plain(&self, ring: &DmaRing<[u64; 2]>, at: usize, node: Box<Node>) -> usize {
         let len = u64::from(node.len);
         let mut word = PLAIN | len | len << tx::PAYLEN_SHIFT;
         let next = (at + 1) & self.mask;
@@ -158,7 +159,7 @@ impl TxRing {
             word |= tx::RS;
             self.report(at);
         }
-        let _ = self.ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
+        let _ = ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
         self.last.set(word);
         if let Some(slot) = self.slots.get(at) {
             // It had none.
@@ -174,7 +175,7 @@ impl TxRing {
 
     /// Writes any packet; there is room for it. How many descriptors, and bytes.
     #[cold]
-    fn put(&self, first: Box<Node>) -> (usize, usize) {
+    fn put(&self, ring: &DmaRing<[u64; 2]>, first: Box<Node>) -> (usize, usize) {
         let (mut at, mut count) = (self.tail.get(), 0);
         let offload = first.offload;
         let mut command = tx::DATA | tx::DEXT | tx::IFCS;
@@ -185,7 +186,7 @@ impl TxRing {
             let context = context(offload);
             if self.context.get() != context {
                 self.context.set(context);
-                let _ = self.ring.set(at, &context.map(u64::to_le));
+                let _ = ring.set(at, &context.map(u64::to_le));
                 (at, count) = ((at + 1) & self.mask, 1);
             }
             if offload.vlan.is_some() {
@@ -215,7 +216,7 @@ impl TxRing {
                     self.report(at);
                 }
             }
-            let _ = self.ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
+            let _ = ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
             self.last.set(word);
             if let Some(slot) = self.slots.get(at) {
                 slot.set(Some(node));
@@ -229,9 +230,7 @@ impl TxRing {
     /// Sends what has room, from the front of `packets`; how many are gone.
     #[inline]
     fn send_batch(&self, packets: &mut Vec<Packet>) -> usize {
-        if self.dead.get() {
-            return 0;
-        }
+        let Some(ring) = self.ring.as_ref().filter(|_| !self.dead.get()) else { return 0 };
         if self.available() < packets.len() {
             self.reclaim(&mut pool::give);
         }
@@ -250,11 +249,11 @@ impl TxRing {
                     let Some(node) = packet.0.take() else { break };
                     if needed == 1 && node.is_plain() {
                         bytes += node.len as usize;
-                        tail = self.put_plain(tail, node);
+                        tail = self.put_plain(ring, tail, node);
                         room -= 1;
                     } else {
                         self.tail.set(tail);
-                        let (used, len) = self.put(node);
+                        let (used, len) = self.put(ring, node);
                         tail = self.tail.get();
                         room -= used;
                         bytes += len;
@@ -281,7 +280,7 @@ impl TxRing {
     }
 
     fn send(&self, mut packet: Packet) -> Result<(), SendError> {
-        let Some(node) = &packet.0 else { return Ok(()) };
+        let (Some(node), Some(ring)) = (&packet.0, &self.ring) else { return Ok(()) };
         let needed = match self.needs(node) {
             Ok(needed) => needed,
             Err(why) => return Err(SendError::Invalid { packet, why }),
@@ -293,7 +292,7 @@ impl TxRing {
             }
         }
         if let Some(node) = packet.0.take() {
-            let (used, bytes) = self.put(node);
+            let (used, bytes) = self.put(ring, node);
             self.free.set(self.free.get() - used);
             self.counters.sent(1, bytes as u64);
         }
@@ -333,7 +332,7 @@ impl TxRing {
     fn next_done(&self) -> Option<usize> {
         let mut reports = self.reports.borrow_mut();
         let last = *reports.front()?;
-        let status = self.ring.load_u64(last, 8).ok()?;
+        let status = self.ring.as_ref()?.load_u64(last, 8).ok()?;
         if status & tx::DD == 0 {
             return None;
         }
@@ -391,11 +390,12 @@ impl TxRing {
         if tail == self.rung.get() || self.dead.get() {
             return;
         }
+        let Some(ring) = &self.ring else { return };
         self.rung.set(tail);
         let word = self.last.get();
         if word & tx::RS == 0 {
             let last = tail.wrapping_sub(1) & self.mask;
-            let _ = self.ring.set_words(last, [(1, (word | tx::RS).to_le())]);
+            let _ = ring.set_words(last, [(1, (word | tx::RS).to_le())]);
             self.report(last);
         }
         self.doorbell.write(tail as u32);
@@ -421,8 +421,8 @@ impl TxRing {
     /// Whether the next report is there.
     pub(crate) fn is_ready(&self) -> bool {
         let reports = self.reports.borrow();
-        let Some(&last) = reports.front() else { return false };
-        matches!(self.ring.load_u64(last, 8), Ok(word) if word & tx::DD != 0)
+        let (Some(&last), Some(ring)) = (reports.front(), &self.ring) else { return false };
+        matches!(ring.load_u64(last, 8), Ok(word) if word & tx::DD != 0)
     }
 
     fn wake(&self) {
@@ -451,18 +451,19 @@ impl TxRing {
     /// See the receive ring.
     pub(crate) fn release(&self) {
         if !self.released.replace(true) {
-            self.ring.shared().release();
+            self.ring.iter().for_each(|ring| ring.shared().release());
             self.slots.iter().filter_map(Cell::take).for_each(pool::give);
         }
     }
 
     /// See the receive ring.
-    pub(crate) fn remains(&self) -> Option<Remains> {
+    pub(crate) fn remains(&mut self) -> Option<Remains> {
+        let ring = self.ring.take()?;
         if self.released.get() {
             return None;
         }
         let nodes = self.slots.iter().filter_map(Cell::take).collect();
-        Some(Remains { ring: None, nodes })
+        Some(Remains { ring, nodes })
     }
 }
 
