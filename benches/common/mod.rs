@@ -141,7 +141,7 @@ impl Rig {
             sq_doorbell: Posted::from(doorbells.register(0)),
             cq_doorbell: Posted::from(doorbells.register(1)),
             timeout: Duration::from_secs(10),
-            device: None,
+            watch: None,
             interrupt: None,
         };
         let info = NamespaceInfo { nsid: 1, blocks: BLOCKS, block_size: BLOCK as u32, metadata: 0 };

@@ -73,7 +73,7 @@ async fn run(steps: &[Step]) {
         sq_doorbell: doorbell(0),
         cq_doorbell: doorbell(4),
         timeout: Duration::from_secs(3600),
-        device: None,
+        watch: None,
         interrupt: None,
     };
     let info = NamespaceInfo { nsid: 1, blocks: 200, block_size: 4096, metadata: 0 };

@@ -47,11 +47,13 @@ impl Rig {
         Self { device, _server: Some(server) }
     }
 
+    #[allow(dead_code, reason = "not for every test")]
     /// Whether the device is one of the kernel's VFIO.
     pub fn is_kernel(&self) -> bool {
         self.device.descriptor().is_some()
     }
 
+    #[allow(dead_code, reason = "not for every test")]
     /// Another NVMe controller, if there is one.
     pub fn second(&self) -> Option<Address> {
         env::var("VFIO_URING_DEVICES").ok()?.split(',').nth(1).map(address)

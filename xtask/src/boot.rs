@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     binaries::Built,
     initramfs::Archive,
-    machine::{Accel, Boot, CHANNEL, DEVICES, DISK, DISKS, MONITOR, SOCKET},
+    machine::{Accel, Boot, CHANNEL, DEVICES, DISK, DISKS, MONITOR},
     monitor,
     plan::{COMMAND, Step},
     qemu::Qemu,
@@ -79,7 +79,7 @@ impl Host<'_> {
     pub fn run(&self, boot: Boot, steps: &[Step]) -> Result<Vec<Outcome>> {
         let mark = format!("@@{:016x}", fastrand::u64(..));
         self.prepare(boot, &format!("MARK={mark}\n"), steps)?;
-        let _server = self.server(boot)?;
+        let _servers = self.servers(boot)?;
         let console = format!("console-{}.log", boot.name());
         let errors = format!("qemu-{}.log", boot.name());
         let results = File::create(self.vm.join(format!("results-{}.log", boot.name())))?;
@@ -159,12 +159,12 @@ impl Host<'_> {
         Ok(())
     }
 
-    fn server(&self, boot: Boot) -> Result<Option<Server>> {
+    fn servers(&self, boot: Boot) -> Result<Vec<Server>> {
         if boot != Boot::VfioUser {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let program = self.built.get(&COMMAND).context("the command was not built")?;
-        Server::start(program, self.vm, SOCKET).map(Some)
+        Ok(vec![Server::nvme(program, self.vm)?, Server::igb(program, self.vm)?])
     }
 
     fn command(&self, boot: Boot, append: &str) -> Command {

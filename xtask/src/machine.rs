@@ -44,6 +44,9 @@ pub const DISK: u64 = 256 << 20;
 pub const DISKS: [&str; 6] = ["disk0.img", "disk1.img", "disk2.img", "disk3.img", "disk4.img", "disk5.img"];
 /// The socket of the software controller, for the machine that has it.
 pub const SOCKET: &str = "nvme.sock";
+/// The sockets of its two software network cards, which have a cable between them; the guest has them at 0000:00:05.0 and
+/// 0000:00:06.0.
+pub const NIC_SOCKETS: [&str; 2] = ["nic0.sock", "nic1.sock"];
 
 /// The socket of QEMU's monitor, for QMP.
 pub const MONITOR: &str = "monitor.sock";
@@ -76,7 +79,7 @@ pub enum Boot {
     Devices,
     /// The same without an IOMMU, and with a kernel that lends devices all the same.
     NoIommu,
-    /// One device, which the host serves by vfio-user.
+    /// An NVMe controller and two igb network cards, which the host serves by vfio-user.
     VfioUser,
 }
 
@@ -154,8 +157,11 @@ impl Boot {
                 add("-object", "memory-backend-memfd,id=memory,size=512M,share=on");
                 add("-m", "512M");
                 add("-append", append);
-                let socket = serde_json::json!({ "type": "unix", "path": SOCKET });
-                add("-device", &serde_json::json!({ "driver": "vfio-user-pci", "socket": socket }).to_string());
+                for (addr, path) in [("4", SOCKET), ("5", NIC_SOCKETS[0]), ("6", NIC_SOCKETS[1])] {
+                    let socket = serde_json::json!({ "type": "unix", "path": path });
+                    let device = serde_json::json!({ "driver": "vfio-user-pci", "addr": addr, "socket": socket });
+                    add("-device", &device.to_string());
+                }
             }
         }
         arguments

@@ -6,8 +6,6 @@
 //! - `device_del plug` asks the guest to let go of the device, and does not wait for that.
 //! - `device_add plug` puts it back; it waits until the guest has let go of the one before.
 //! - `set_link card0 on|off`, and `card1`: a network card's cable.
-//! - `aer card0 ERROR [correctable]`, and `card1`: the card reports an error of PCI Express, by the name that QEMU has for it, or its
-//!   bit of the status register, the latter for a correctable error.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
@@ -17,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::machine::{CARDS, CHANNEL, MONITOR, PLUGGABLE, pluggable};
@@ -39,20 +37,16 @@ enum Request<'a> {
     Unplug,
     Plug,
     Link(&'a str, bool),
-    Error(&'a str, &'a str, bool),
 }
 
 impl<'a> Request<'a> {
     fn parse(words: &[&'a str]) -> Result<Self> {
         let card = |id: &str| CARDS.contains(&id);
-        let name = |error: &str| error.len() < 30 && error.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         match *words {
             ["device_del", id] if id == PLUGGABLE => Ok(Self::Unplug),
             ["device_add", id] if id == PLUGGABLE => Ok(Self::Plug),
             ["set_link", id, "on"] if card(id) => Ok(Self::Link(id, true)),
             ["set_link", id, "off"] if card(id) => Ok(Self::Link(id, false)),
-            ["aer", id, error] if card(id) && name(error) => Ok(Self::Error(id, error, false)),
-            ["aer", id, error, "correctable"] if card(id) && name(error) => Ok(Self::Error(id, error, true)),
             _ => bail!("{:?} is none of the requests that are granted", words.join(" ")),
         }
     }
@@ -151,15 +145,6 @@ impl Monitor {
                 }
             }
             Request::Link(id, up) => self.execute("set_link", &json!({ "name": id, "up": up })).map(drop),
-            Request::Error(id, error, correctable) => {
-                let option = if *correctable { "-c " } else { "" };
-                let line = format!("pcie_aer_inject_error {option}{id} {error}");
-                let said = self.execute("human-monitor-command", &json!({ "command-line": line }))?;
-                // It says OK and where, or what is wrong.
-                let said = said.as_str().unwrap_or_default();
-                ensure!(said.starts_with("OK"), "QEMU: {}", said.trim());
-                Ok(())
-            }
         }
     }
 }
@@ -174,11 +159,7 @@ mod tests {
         assert_eq!(parse("device_del plug"), Some(Request::Unplug));
         assert_eq!(parse("device_add plug"), Some(Request::Plug));
         assert_eq!(parse("set_link card1 off"), Some(Request::Link("card1", false)));
-        assert_eq!(parse("aer card0 COMP_ABORT"), Some(Request::Error("card0", "COMP_ABORT", false)));
-        assert_eq!(parse("aer card0 0x1 correctable"), Some(Request::Error("card0", "0x1", true)));
-        for line in
-            ["", "quit", "device_del nvme0", "device_del plug now", "set_link net0 on", "aer card0 x;quit", "aer nvme0 DLP"]
-        {
+        for line in ["", "quit", "device_del nvme0", "device_del plug now", "set_link net0 on", "aer card0 DLP"] {
             assert_eq!(parse(line), None, "{line:?}");
         }
     }
@@ -194,7 +175,6 @@ mod tests {
                 "{\"return\": {}}\n",
                 "{\"event\": \"RTC_CHANGE\"}\n{\"return\": {}}\n",
                 "{\"error\": {\"desc\": \"no such device\"}}\n",
-                "{\"return\": \"Invalid error name\\r\\n\"}\n",
             ] {
                 heard.push(read_line(&mut from).unwrap().unwrap());
                 to.write_all(answer.as_bytes()).unwrap();
@@ -204,10 +184,7 @@ mod tests {
         let mut monitor = Monitor::new(ours).unwrap();
         monitor.grant(&Request::Link("card0", true)).unwrap();
         assert_eq!(monitor.grant(&Request::Unplug).unwrap_err().to_string(), "QEMU: no such device");
-        let error = monitor.grant(&Request::Error("card0", "X", true)).unwrap_err();
-        assert_eq!(error.to_string(), "QEMU: Invalid error name");
         let heard = theirs.join().unwrap();
         assert!(heard[1].contains("set_link") && heard[2].contains("device_del"), "{heard:?}");
-        assert!(heard[3].contains("pcie_aer_inject_error -c card0 X"), "{heard:?}");
     }
 }

@@ -226,6 +226,10 @@ pub fn steps() -> Vec<Step> {
             .env("VFIO_URING_TEST_PLUG", PLUG)
             .env("VFIO_URING_TEST_AER", IGB)
             .within(240),
+        Step::test("faults", "vfio-uring", "iommufd_faults")
+            .on(Transport::Cdev)
+            .devices(&[NVME])
+            .env("VFIO_URING_TEST_BDF", NVME),
         Step::test("noiommu", "vfio-uring", "vfio_group")
             .on(Transport::Group)
             .args(&["without_an_iommu"])
@@ -240,9 +244,17 @@ pub fn steps() -> Vec<Step> {
             .before(include_str!("../guest/igb-vf.sh"))
             .after(include_str!("../guest/igb-vf-after.sh"))
             .within(240),
+        Step::test("revoked", "vfio-uring-cli", "revoked").devices(&[NVME, NVME2]).each_transport().within(120),
+        Step::test("gate", "vfio-uring", "vfio_gate")
+            .devices(&[IGB, NVME])
+            .env("VFIO_URING_TEST_GATE", NVME)
+            .env("VFIO_URING_TEST_IGB", IGB)
+            .each_transport()
+            .within(240),
         Step::script("exchange", include_str!("../guest/exchange.sh"), &[ON_DEVICE]).each_transport(),
         Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]).within(120),
         Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).boot(Boot::VfioUser).within(120),
+        Step::script("vfio-user-igb", include_str!("../guest/vfio-user-igb.sh"), &[]).boot(Boot::VfioUser).within(180),
     ];
     steps.into_iter().flat_map(Step::each).collect()
 }

@@ -18,6 +18,7 @@ use crate::{
     namespace::{Namespace, NamespaceInfo},
     queue::{MAX_SLOTS, MAX_TRANSFER, Parts, QueuePair},
     spec::{Cap, Sqe, admin, cc, csts, register},
+    watch::Watch,
 };
 
 /// Slots of the admin queue.
@@ -48,7 +49,7 @@ impl Default for Options {
 pub struct Controller(Rc<Inner>);
 
 struct Inner {
-    device: Device,
+    watch: Watch,
     bar: Bar,
     cap: Cap,
     options: Options,
@@ -77,6 +78,7 @@ impl Controller {
     /// [`Error::Controller`] when it does not do what the specification says, in the time it says; [`Error::Runtime`] from the
     /// device.
     pub async fn new(device: &Device, options: Options) -> Result<Self> {
+        let watch = Watch::new(device);
         let bar = device.bar(0)?;
         device.set_bus_master(true).await?;
         let cap = Cap(bar.read::<u64>(register::CAP).await?);
@@ -89,7 +91,9 @@ impl Controller {
         }
         disable(&bar, cap).await?;
         let slots = ADMIN_SLOTS.min(cap.max_queue_entries() as usize - 1);
-        let parts = parts(device, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?;
+        let parts = parts(&watch, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?;
+        // What was lost before is not this controller's concern.
+        let _ = parts.sq_doorbell.take_error();
         let admin = Rc::new(QueuePair::new(parts)?);
         let (asq, acq) = admin.ring_iovas();
         bar.write::<u32>(register::AQA, (slots as u32) << 16 | slots as u32).await?;
@@ -101,7 +105,7 @@ impl Controller {
         let mut namespaces = Vec::new();
         let identified = identify::all(&admin, device, &bar, &mut namespaces).await;
         let mut inner = Inner {
-            device: device.clone(),
+            watch,
             bar,
             cap,
             options,
@@ -132,7 +136,7 @@ impl Controller {
 
     /// The device behind it.
     pub fn device(&self) -> &Device {
-        &self.0.device
+        self.0.watch.device()
     }
 
     /// Makes an I/O queue on which `depth` commands can be outstanding; fewer, if the controller's queues are shorter. Its
@@ -169,11 +173,11 @@ impl Controller {
         inner.next_queue.set(id + 1);
         let slots = depth.min(inner.cap.max_queue_entries() as usize - 1);
         let max_transfer = inner.info.max_transfer;
-        let mut parts = parts(&inner.device, &inner.bar, inner.cap, id, slots, max_transfer, &inner.options).await?;
+        let mut parts = parts(&inner.watch, &inner.bar, inner.cap, id, slots, max_transfer, &inner.options).await?;
         // Interrupts, and the vector.
         let mut cq_flags = 0;
         if interrupt {
-            parts.interrupt = Some(vector(&inner.device, id.into()).await?);
+            parts.interrupt = Some(vector(inner.watch.device(), id.into()).await?);
             cq_flags = u32::from(id) << 16 | 1 << 1;
         }
         let pair = Rc::new(QueuePair::new(parts)?);
@@ -187,13 +191,26 @@ impl Controller {
         Ok(Queue::new(pair, inner.namespaces.clone(), Some(self.clone())))
     }
 
+    /// Disables the controller at once, and ends its queues: commands that are still pending end with [`Error::Ended`], and all
+    /// memory is freed. For one whose queues have ended, before [`Controller::new`] brings it up again on the same device. If the
+    /// device was reset meanwhile, nothing is left to do for it.
+    ///
+    /// # Errors
+    /// [`Error::Controller`] when it does not become disabled; its memory is given up then.
+    pub async fn reset(&self) -> Result<()> {
+        self.0.reset().await
+    }
+
     /// Ends the controller in order: it completes what it works on and makes its cache durable, and is then disabled. Commands
-    /// that are still pending end with [`Error::Ended`].
+    /// that are still pending end with [`Error::Ended`]. One whose device was reset has nothing to complete.
     ///
     /// # Errors
     /// [`Error::Controller`] when it does not shut down in time; its memory is given up then.
     pub async fn shutdown(self) -> Result<()> {
         let inner = &*self.0;
+        if inner.watch.was_reset() {
+            return inner.reset().await;
+        }
         let config = inner.bar.read::<u32>(register::CC).await?;
         inner.bar.write::<u32>(register::CC, config & !cc::SHN_MASK | cc::SHN_NORMAL).await?;
         let time = Duration::from_micros(inner.info.shutdown_micros.into()).max(Duration::from_secs(10));
@@ -204,9 +221,11 @@ impl Controller {
 }
 
 impl Inner {
-    /// Disables the controller. Confirmed by CSTS.RDY, it touches no memory any more.
+    /// Disables the controller, unless its device was reset. Confirmed by CSTS.RDY, or by the device, it touches no memory any more.
     async fn reset(&self) -> Result<()> {
-        disable(&self.bar, self.cap).await?;
+        if !self.watch.was_reset_for_sure() {
+            disable(&self.bar, self.cap).await?;
+        }
         self.admin.quiesce();
         self.queues.borrow().iter().for_each(|queue| queue.quiesce());
         Ok(())
@@ -283,7 +302,7 @@ async fn vector(device: &Device, number: u32) -> Result<Interrupt> {
 }
 
 async fn parts(
-    device: &Device,
+    watch: &Watch,
     bar: &Bar,
     cap: Cap,
     id: u16,
@@ -292,7 +311,7 @@ async fn parts(
     options: &Options,
 ) -> Result<Parts> {
     let max_transfer = max_transfer.min(MAX_TRANSFER);
-    let memory = Pool::new(device.dma(), Parts::memory(slots, max_transfer), HugePages::No).await?;
+    let memory = Pool::new(watch.device().dma(), Parts::memory(slots, max_transfer), HugePages::No).await?;
     let doorbell = |index: u64| bar.posted::<u32>(register::DOORBELLS + (2 * u64::from(id) + index) * cap.doorbell_stride());
     Ok(Parts {
         id,
@@ -302,7 +321,7 @@ async fn parts(
         sq_doorbell: doorbell(0)?,
         cq_doorbell: doorbell(1)?,
         timeout: options.timeout,
-        device: Some(device.clone()),
+        watch: Some(watch.clone()),
         interrupt: None,
     })
 }

@@ -23,6 +23,9 @@ pub enum Error {
     /// The queue ended; every pending command ends with this.
     #[error("the queue has ended: {0}")]
     Ended(Arc<Error>),
+    /// The device was reset, and has forgotten its queues.
+    #[error("the device was reset: bring the controller up again, with Controller::new on the same device")]
+    Reset,
     /// The queue has no free slot: take completions first.
     #[error("all {0} slots of the queue are in use")]
     Full(u32),
@@ -89,6 +92,7 @@ fn kind(error: &Error) -> ErrorKind {
         },
         Error::Ended(error) => kind(error),
         Error::NoRunner => ErrorKind::NotConnected,
+        Error::Reset => ErrorKind::ConnectionReset,
         Error::Full(_) => ErrorKind::ResourceBusy,
         Error::Status(_) | Error::Controller(_) => ErrorKind::Other,
     }

@@ -21,6 +21,7 @@ mod queue;
 mod remote;
 pub mod spec;
 mod stream;
+mod watch;
 
 pub use controller::{Controller, Options, Queue};
 pub use error::{Error, Result};
@@ -30,3 +31,4 @@ pub use namespace::{Io, Namespace, NamespaceInfo};
 pub use queue::{MAX_SLOTS, MAX_TRANSFER, Parts};
 pub use remote::{MAX_REMOTE, Remote, RemoteIo, RemoteRunner};
 pub use stream::{CommandStream, Completion, Rejected, Token};
+pub use watch::Watch;

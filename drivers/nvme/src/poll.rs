@@ -4,7 +4,6 @@
 //! What the controller writes is copied once and checked. A completion that breaks the rules ends the queue.
 
 use std::{
-    rc::Rc,
     sync::Arc,
     task::Poll,
     time::{Duration, Instant},
@@ -19,6 +18,7 @@ use crate::{
     Error,
     queue::{NONE, QueuePair, Slot, State, TICKS},
     spec::{CqeTail, Status},
+    watch::Event,
 };
 
 /// Looks at the queue between two looks at the clock while the reactor spins.
@@ -268,13 +268,16 @@ impl QueuePair {
         self.line.close();
     }
 
-    /// Ends the queue when its device is gone or a command takes too long.
+    /// Ends the queue when its device is gone, was reset or lost a doorbell, or a command takes too long.
     fn look_at_clock(&self, now: Instant) {
-        if self.dead.get() || self.outstanding() == 0 {
+        if self.dead.get() && self.quiesced.get() {
             return;
         }
-        if let Some(error) = self.device.as_ref().and_then(|device| device.is_gone()) {
-            return self.end(error.into());
+        match self.watch.as_ref().and_then(|watch| watch.look([&self.sq_doorbell, &self.cq_doorbell], self.lost_before)) {
+            Some(Event::Reset { proven }) => return self.was_reset(proven),
+            Some(Event::Lost(error)) => return self.end(error.into()),
+            None if self.dead.get() || self.outstanding() == 0 => return,
+            None => {}
         }
         if now < self.next_tick.get() {
             return;
@@ -289,10 +292,26 @@ impl QueuePair {
         }
     }
 
+    /// The device knows nothing of the queue any more.
+    #[cold]
+    fn was_reset(&self, proven: bool) {
+        // First, so that those that the end wakes get their buffers back.
+        self.quiesced.set(proven);
+        self.end(Error::Reset);
+        if proven {
+            self.drop_orphans();
+        }
+    }
+
     /// The controller is proven to be done with all memory of the queue: what its commands own is freed.
-    pub(crate) fn quiesce(self: &Rc<Self>) {
-        self.end(Error::controller("was shut down"));
+    pub(crate) fn quiesce(&self) {
         self.quiesced.set(true);
+        self.end(Error::controller("was shut down"));
+        self.drop_orphans();
+    }
+
+    /// Frees what nobody waits for.
+    fn drop_orphans(&self) {
         for slot in self.slots.iter().filter(|slot| slot.state.get() == State::Orphaned) {
             drop(slot.buf.take());
         }

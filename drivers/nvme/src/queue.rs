@@ -13,7 +13,7 @@ use std::{
 };
 
 use vfio_uring::{
-    device::{Device, Interrupt, Posted},
+    device::{Interrupt, Posted},
     dma::{DmaBuf, DmaRing, Pool},
     reactor::TaskRef,
 };
@@ -24,6 +24,7 @@ use crate::{
     line::{Line, Ticket},
     prp,
     spec::{Cqe, Sqe, Status},
+    watch::Watch,
 };
 
 /// Ticks of the queue's clock that a command may take: its timeout is divided into so many.
@@ -49,8 +50,8 @@ pub struct Parts {
     pub cq_doorbell: Posted<u32>,
     /// How long a command may take.
     pub timeout: Duration,
-    /// Tells when the device is gone.
-    pub device: Option<Device>,
+    /// Tells when the device is gone, was reset or lost a doorbell: that ends the queue. The queues of a controller share it.
+    pub watch: Option<Watch>,
     /// What the controller signals for completions, if it does: a reactor that would sleep then waits for it, instead of looking
     /// at the queue now and then.
     pub interrupt: Option<Interrupt>,
@@ -196,7 +197,9 @@ pub(crate) struct QueuePair {
     pub(crate) looks: Cell<u32>,
     pub(crate) next_tick: Cell<Instant>,
     pub(crate) timeout: Duration,
-    pub(crate) device: Option<Device>,
+    pub(crate) watch: Option<Watch>,
+    /// [`Watch::lost`] when the queue was made.
+    pub(crate) lost_before: u32,
     pub(crate) interrupt: RefCell<Option<Interrupt>>,
     pub(crate) dead: Cell<bool>,
     pub(crate) ended: RefCell<Option<Arc<Error>>>,
@@ -206,7 +209,7 @@ pub(crate) struct QueuePair {
 
 impl QueuePair {
     pub(crate) fn new(parts: Parts) -> Result<Self> {
-        let Parts { id, slots: count, memory, max_transfer, sq_doorbell, cq_doorbell, timeout, device, interrupt } = parts;
+        let Parts { id, slots: count, memory, max_transfer, sq_doorbell, cq_doorbell, timeout, watch, interrupt } = parts;
         if !(1..=MAX_SLOTS).contains(&count) {
             return Err(Error::invalid(format!("a queue of {count} slots: it can have 1 to {MAX_SLOTS}")));
         }
@@ -265,7 +268,8 @@ impl QueuePair {
             looks: Cell::new(0),
             next_tick: Cell::new(Instant::now()),
             timeout,
-            device,
+            lost_before: watch.as_ref().map_or(0, Watch::lost),
+            watch,
             interrupt: RefCell::new(interrupt),
             dead: Cell::new(false),
             ended: RefCell::new(None),
@@ -372,10 +376,14 @@ impl QueuePair {
         }
     }
 
-    /// What stands in for the buffer of a command that the controller may still be working on.
+    /// What the caller of a command gets back whose queue has ended: its buffer if the controller is proven to be done with it, else
+    /// what stands in for it.
     pub(crate) fn stand_in(&self, index: u16) -> Option<DmaBuf> {
         let slot = &self.slots[usize::from(index)];
         let buf = slot.buf.take();
+        if self.quiesced.get() {
+            return buf;
+        }
         let stand_in = buf.as_ref().map(DmaBuf::stand_in);
         slot.buf.set(buf);
         stand_in

@@ -34,6 +34,8 @@ pub(super) struct Idle {
     spin: Duration,
     looks: u32,
     since: Option<Instant>,
+    /// No work since; messages do not count.
+    workless: Option<Instant>,
     sleep: Duration,
     slept: bool,
     /// Somebody else had the core since work was found, as long as a client that waits the same way has it.
@@ -43,12 +45,29 @@ pub(super) struct Idle {
 impl Idle {
     /// With one core only, spinning would take it from the other side.
     pub fn new(may_spin: bool) -> Self {
-        Self { may_spin, spin: MAX_SPIN, looks: 0, since: None, sleep: MIN_SLEEP, slept: false, shared: false }
+        Self {
+            may_spin,
+            spin: MAX_SPIN,
+            looks: 0,
+            since: None,
+            workless: None,
+            sleep: MIN_SLEEP,
+            slept: false,
+            shared: false,
+        }
     }
 
     /// Work was found.
     #[inline]
     pub fn busy(&mut self) {
+        self.workless = None;
+        self.heard();
+    }
+
+    /// A message came, and others may follow. By itself it says nothing of doorbells: a driver that now and then asks for statistics
+    /// is not looked at more often for that.
+    #[inline]
+    pub fn heard(&mut self) {
         if std::mem::take(&mut self.shared) {
             // The client shares the core: it is faster when it gets it.
             self.spin = MIN_SPIN;
@@ -93,7 +112,8 @@ impl Idle {
         }
         self.slept = true;
         let now = self.sleep;
-        self.sleep = (now * 2).min(if idle < LONG { MAX_SLEEP } else { LONG_SLEEP });
+        let workless = self.workless.get_or_insert(since).elapsed();
+        self.sleep = (now * 2).min(if workless < LONG { MAX_SLEEP } else { LONG_SLEEP });
         Step::Sleep(now)
     }
 }
@@ -122,5 +142,22 @@ mod tests {
         }
         idle.busy();
         assert_eq!(idle.next(), Step::Spin);
+    }
+
+    #[test]
+    fn messages_keep_it_awake_for_a_moment_only() {
+        let mut idle = Idle::new(true);
+        // As if it had done nothing for long.
+        let workless = Instant::now().checked_sub(LONG).unwrap();
+        idle.workless = Some(workless);
+        idle.heard();
+        assert_eq!(idle.next(), Step::Spin);
+        let end = Instant::now() + Duration::from_secs(10);
+        while idle.next() != Step::Sleep(LONG_SLEEP) {
+            assert!(Instant::now() < end);
+        }
+        assert_eq!(idle.workless, Some(workless));
+        idle.busy();
+        assert_eq!(idle.workless, None);
     }
 }

@@ -206,7 +206,7 @@ impl<D: Device> Server<D> {
             }
             match self.talk(&mut session, &mut connection) {
                 Ok(0) => {}
-                Ok(_) => idle.busy(),
+                Ok(_) => idle.heard(),
                 Err(lost) => return lost,
             }
             attend += 1;

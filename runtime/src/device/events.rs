@@ -384,6 +384,7 @@ mod tests {
         assert_eq!((next(&mut events), next(&mut events)), (Some(Some(Event::Gone)), Some(None)));
         assert_eq!(next(&mut Events::new(&board, &gate)), Some(Some(Event::Gone)));
         assert!(board.until_closed().now_or_never().is_some());
+        drop(events);
         assert!(board.listeners.borrow().is_empty());
     }
 }

@@ -30,9 +30,9 @@ pub enum Irq {
     Msi = 1,
     /// MSI-X.
     MsiX = 2,
-    /// An error of the device or its link.
+    /// An error of the device or its link. Of a device of the kernel [`Device::events`](super::Device::events) tells it.
     Error = 3,
-    /// The device is asked back.
+    /// The device is asked back; as above.
     Request = 4,
 }
 
@@ -163,6 +163,6 @@ pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32)
     let interrupts = (start..).zip(&fds).map(|(vector, fd)| Interrupt::new(device, irq, vector, fd));
     let interrupts = interrupts.collect::<Result<Vec<_>>>()?;
     let _inside = device.gate.enter(Access::Control)?;
-    device.transport.set_irqs(irq as u32, start, &fds).await?;
+    device.transport.set_irqs(irq as u32, start, &fds).await.map_err(|error| device.explain(error))?;
     Ok(interrupts)
 }

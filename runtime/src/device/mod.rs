@@ -23,15 +23,25 @@
 mod address;
 mod bar;
 mod config;
+mod effects;
 mod events;
 pub(crate) mod gate;
+mod hot_reset;
 mod interrupt;
 mod open;
+mod power;
 mod region;
 mod removal;
 mod reset;
 
-use std::{cell::RefCell, collections::BTreeSet, fmt, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::{OnceCell, RefCell},
+    collections::BTreeSet,
+    fmt,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 pub use address::Address;
 pub use bar::{Bar, Posted};
@@ -39,6 +49,7 @@ pub use config::ConfigSpace;
 pub use events::{Event, Events, RemovalPolicy};
 pub use gate::{State, StateChange, StateChanges};
 pub use interrupt::{Interrupt, Irq};
+pub use power::{PowerState, Wakeup};
 pub use region::{Region, index};
 
 pub use crate::transport::user::protocol::{Area, IrqInfo};
@@ -46,13 +57,16 @@ use crate::{
     Error, Result,
     dma::{AddressSpace, IovaRange},
     pci,
-    reactor::{self, timeout},
+    reactor::{self, JoinHandle, timeout},
     transport::{
         Transport,
+        cdev::Bound,
+        iommufd::Ioas,
         user::{client::Connection, protocol::DeviceInfo as ProtocolInfo},
         vfio::{DeviceFd, VfToken},
     },
 };
+use effects::Places;
 use events::Board;
 use gate::{Access, Gate};
 use open::{Opened, Seat, Way};
@@ -137,11 +151,16 @@ pub(crate) struct Inner {
     seat: RefCell<Option<Seat>>,
     board: Rc<Board>,
     dma: AddressSpace,
+    /// What of configuration space the gate has to know, once it was looked for.
+    places: OnceCell<Places>,
+    /// Those that wait for the device to wake.
+    wakeups: RefCell<Vec<JoinHandle<()>>>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         self.gate.close_for_good();
+        self.end_wakeups();
     }
 }
 
@@ -199,8 +218,9 @@ impl Device {
         };
         let Opened { regions, gate, transport, seat, dma, info, irqs, signals } = opened;
         let (address, vectors, board) = (address.clone(), RefCell::default(), Rc::default());
-        let seat = RefCell::new(Some(seat));
-        let inner = Rc::new(Inner { address, info, irqs, vectors, regions, gate, transport, seat, board, dma });
+        let (seat, places, wakeups) = (RefCell::new(Some(seat)), Default::default(), Default::default());
+        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, seat, board, dma, places, wakeups };
+        let inner = Rc::new(inner);
         if let Some(signals) = signals {
             let (gate, board) = (inner.gate.clone(), inner.board.clone());
             reactor::spawn(events::watch(Rc::downgrade(&inner), gate, board, signals, options.removal));
@@ -233,6 +253,11 @@ impl Device {
             Transport::User(_) => None,
             Transport::Group(attached) | Transport::Cdev(attached) => Some(attached.device()),
         }
+    }
+
+    /// The device and its address space, where it is opened by its cdev.
+    pub(crate) fn cdev(&self) -> Option<(Arc<Bound>, Ioas)> {
+        self.inner.seat.borrow().as_ref()?.cdev()
     }
 
     /// The memory that the device sees.

@@ -191,7 +191,7 @@ enum Host {
 /// A device's place in an address space of the kernel.
 enum Place {
     Group(Container, u32),
-    Cdev(Bound, Ioas),
+    Cdev(Arc<Bound>, Ioas),
 }
 
 impl Place {
@@ -262,6 +262,16 @@ impl Place {
 pub(super) enum Seat {
     Kernel(KernelSeat),
     User(#[expect(dead_code, reason = "it is there to be dropped")] Membership),
+}
+
+impl Seat {
+    /// The device and its address space, where it is opened by its cdev.
+    pub(super) fn cdev(&self) -> Option<(Arc<Bound>, Ioas)> {
+        match self {
+            Self::Kernel(KernelSeat { place: Some(Place::Cdev(bound, ioas)), .. }) => Some((bound.clone(), ioas.clone())),
+            _ => None,
+        }
+    }
 }
 
 pub(super) struct KernelSeat {
@@ -362,7 +372,7 @@ fn seat(bdf: Bdf, way: Way, host: Option<Host>, token: Option<&VfToken>, no_iomm
         if let Err(error) = bound.attach(&ioas) {
             return Err(Refusal::Reserves(bound.reserved().to_vec(), error));
         }
-        (bound.device().clone(), Place::Cdev(bound, ioas))
+        (bound.device().clone(), Place::Cdev(Arc::new(bound), ioas))
     } else {
         let Some(group) = found.group.as_ref().map(|group| group.id) else {
             let obstacles = pci.obstacles(&found);

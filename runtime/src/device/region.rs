@@ -210,17 +210,23 @@ impl Region {
     pub async fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
         self.check(offset, to.len())?;
         let _inside = self.device.gate.enter(self.access())?;
-        self.device.transport.read(self.place(offset), to).await
+        self.device.transport.read(self.place(offset), to).await.map_err(|error| self.device.explain(error))
     }
 
     /// Writes `from` at `offset`, always by messages.
+    ///
+    /// A write to configuration space that resets the device, switches its memory or its power passes the device's gate: the
+    /// device is resetting or unavailable meanwhile, and its [state](super::Device::state) is right afterwards.
     ///
     /// # Errors
     /// See [`Region::read`].
     pub async fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
         self.check(offset, from.len())?;
+        if self.index == index::CONFIG && self.device.info.pci {
+            return self.device.write_config(self.place(offset), from).await;
+        }
         let _inside = self.device.gate.enter(self.access())?;
-        self.device.transport.write(self.place(offset), from).await
+        self.device.transport.write(self.place(offset), from).await.map_err(|error| self.device.explain(error))
     }
 
     pub(super) async fn read_value<T: Value>(&self, offset: u64) -> Result<T> {

@@ -33,11 +33,23 @@ impl Device {
     }
 }
 
+impl Inner {
+    /// What an access failed with that was under way when the device was taken away: that it is gone, and not that its descriptor
+    /// is closed.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        match &self.transport {
+            Transport::User(_) => error,
+            Transport::Group(_) | Transport::Cdev(_) => self.gate.cause().unwrap_or(error),
+        }
+    }
+}
+
 /// Takes the device from all who hold it.
 pub(super) async fn give_up(device: Rc<Inner>, cause: Error) {
     if !device.board.begin_closing() {
         return device.board.until_closed().await;
     }
+    device.end_wakeups();
     match &device.transport {
         Transport::User(connection) => connection.close(cause),
         Transport::Group(attached) | Transport::Cdev(attached) => {

@@ -95,7 +95,7 @@ impl Inner {
 }
 
 /// What the result of a reset says of the device.
-fn was_reset(result: Result<()>) -> (Outcome, Result<()>) {
+pub(super) fn was_reset(result: Result<()>) -> (Outcome, Result<()>) {
     let outcome = match result {
         Ok(()) => Outcome { reset: Some(Reset::Confirmed), set: 0, clear: RESET_CLEARS },
         Err(_) => Outcome::default(),

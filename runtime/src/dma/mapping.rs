@@ -25,7 +25,7 @@ pub(super) struct Region {
     /// Of the devices of a shared space, those that have it.
     holders: Mutex<Vec<u64>>,
     owned: AtomicBool,
-    unmapped: AtomicBool,
+    mapped: AtomicBool,
 }
 
 /// What is behind the memory of a region.
@@ -40,8 +40,8 @@ pub(super) enum Backing {
 impl Region {
     pub(super) fn new(memory: SharedMemory, backing: Backing, iova: u64) -> Self {
         let (view, holders) = (OnceLock::new(), Mutex::default());
-        let (owned, unmapped) = (AtomicBool::new(true), AtomicBool::new(false));
-        Self { memory, iova, backing, view, holders, owned, unmapped }
+        let (owned, mapped) = (AtomicBool::new(true), AtomicBool::new(false));
+        Self { memory, iova, backing, view, holders, owned, mapped }
     }
 
     /// The memory as the device sees it: mapped once more, at first use. A pool lends slices of its own mapping, and nothing in
@@ -71,13 +71,13 @@ impl Region {
         }
     }
 
-    /// Whether it was unmapped while its mapping has an owner: nothing is left to do when it is retired.
-    pub(super) fn is_unmapped(&self) -> bool {
-        self.unmapped.load(Ordering::Relaxed)
+    /// Whether the device has it: from when it has confirmed the mapping until it has confirmed the unmap.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.mapped.load(Ordering::Relaxed)
     }
 
-    pub(super) fn mark_unmapped(&self) {
-        self.unmapped.store(true, Ordering::Relaxed);
+    pub(super) fn set_mapped(&self, mapped: bool) {
+        self.mapped.store(mapped, Ordering::Relaxed);
     }
 
     /// Whether its mapping has an owner: else it waits for its unmap.

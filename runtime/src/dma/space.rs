@@ -63,6 +63,8 @@ pub(super) struct Inner {
     pub(super) devices: Cell<usize>,
     /// The last of them was taken away.
     pub(super) vacated: Cell<bool>,
+    /// The kernel has dropped all mappings.
+    pub(super) emptied: Cell<bool>,
 }
 
 impl fmt::Debug for Inner {
@@ -82,7 +84,7 @@ impl Drop for Inner {
         if self.backend.is_kernel() {
             // Memory of the caller is freed only against proof, and there is nobody to wait for it.
             while let Some(region) = self.retired.pop() {
-                if region.fd().is_none() && !region.is_unmapped() {
+                if region.fd().is_none() && self.has(&region) {
                     self.backend.unmap_detached(region);
                 }
             }
@@ -113,6 +115,7 @@ impl AddressSpace {
             reclaiming: Mutex::default(),
             devices: Cell::new(0),
             vacated: Cell::new(false),
+            emptied: Cell::new(false),
         };
         Self { inner: Rc::new(inner) }
     }
@@ -210,7 +213,10 @@ impl AddressSpace {
         region.set_pinned(inner.backend.is_kernel());
         let result = inner.backend.map(&region).await;
         attempt.outcome = match &result {
-            Ok(()) => Outcome::Mapped,
+            Ok(()) => {
+                region.set_mapped(true);
+                Outcome::Mapped
+            }
             Err(failed) if failed.absent => {
                 region.set_pinned(false);
                 Outcome::Absent
@@ -218,8 +224,10 @@ impl AddressSpace {
             Err(_) => Outcome::Unknown,
         };
         drop(attempt);
-        result.map_err(|failed| failed.error)?;
-        Ok(Arc::new(Mapping::new(region, inner.retired.clone(), inner.id)))
+        let mapping = result.map(|()| Arc::new(Mapping::new(region, inner.retired.clone(), inner.id)));
+        // Its last device may have been taken away meanwhile; a mapping that was made is retired then.
+        inner.check_alive()?;
+        mapping.map_err(|failed| failed.error)
     }
 
     /// The I/O virtual addresses that mappings may have at present: those that were asked for, as far as all devices of the space
@@ -465,7 +473,8 @@ impl Inner {
             return false;
         }
         let Some(region) = self.retired.pop() else { return false };
-        if region.is_unmapped() {
+        if !self.has(&region) {
+            region.set_pinned(false);
             self.release(region.iova, region.len());
             return true;
         }

@@ -1,4 +1,5 @@
 mod foreign;
+mod vacate;
 
 use std::{
     cell::{Cell, RefCell},

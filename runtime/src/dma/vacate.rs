@@ -44,24 +44,24 @@ impl AddressSpace {
         }
         inner.vacated.set(true);
         let _turn = inner.reclaiming.lock().await;
-        for region in inner.regions() {
-            if region.is_unmapped() {
-                continue;
-            }
+        for region in inner.regions().into_iter().filter(|region| region.is_mapped()) {
             match inner.backend.unmap(&region).await {
-                Ok(()) => region.set_unmapped(),
+                Ok(()) => {
+                    region.set_pinned(false);
+                    region.set_mapped(false);
+                }
                 Err(error) => tracing::warn!(iova = region.iova, bytes = region.len(), %error, "an unmap failed"),
             }
         }
     }
 
-    /// The kernel has dropped all mappings of the space, with the last group: what could not be unmapped is unmapped now.
+    /// The kernel has dropped all mappings of the space, with the last group: also what could not be unmapped.
     pub(crate) fn emptied(&self) {
         let inner = self.inner();
         inner.vacated.set(true);
-        inner.regions().iter().for_each(|region| region.set_unmapped());
+        inner.emptied.set(true);
+        inner.regions().iter().for_each(|region| region.set_pinned(false));
         for region in inner.leaked.take() {
-            region.set_unmapped();
             inner.release(region.iova, region.len());
         }
     }
@@ -76,19 +76,16 @@ impl AddressSpace {
 }
 
 impl Inner {
+    /// Whether a device may have a region that was mapped.
+    pub(super) fn has(&self, region: &Region) -> bool {
+        region.is_mapped() && !self.emptied.get()
+    }
+
     pub(super) fn check_alive(&self) -> Result<()> {
         if self.vacated.get() {
             let reason = "its address space was given up with it; open the device anew, in a space of its own";
             return Err(Error::Gone { reason: reason.into() });
         }
         Ok(())
-    }
-}
-
-impl Region {
-    /// No device has it any more, whoever owns it.
-    fn set_unmapped(&self) {
-        self.set_pinned(false);
-        self.mark_unmapped();
     }
 }

@@ -40,6 +40,7 @@ pub mod capability {
     pub const VENDOR: u16 = 0x09;
     pub const EXPRESS: u16 = 0x10;
     pub const MSI_X: u16 = 0x11;
+    pub const ADVANCED_FEATURES: u16 = 0x13;
 
     pub const EXTENDED_AER: u16 = 0x0001;
     pub const EXTENDED_SRIOV: u16 = 0x0010;
@@ -52,6 +53,7 @@ pub mod capability {
             (false, VENDOR) => "vendor-specific",
             (false, EXPRESS) => "PCI Express",
             (false, MSI_X) => "MSI-X",
+            (false, ADVANCED_FEATURES) => "advanced features",
             (true, EXTENDED_AER) => "advanced error reporting",
             (true, 0x0003) => "device serial number",
             (true, 0x000b) => "vendor-specific",

@@ -1,7 +1,9 @@
 //! The vfio-user client and the device layer against servers: well-behaved ones of every kind, hostile ones, and the
 //! `vfio_user` crate's.
 
+mod events;
 mod fake;
+mod gate;
 mod hostile;
 mod interop;
 mod normal;

@@ -15,9 +15,9 @@ const COMPLETION_TIMEOUT: u32 = 1 << 14;
 fn inject(bdf: &str) {
     let bdf: Bdf = bdf.parse().unwrap();
     let mut request = [0; 32];
-    request[..3].copy_from_slice(&[bdf.bus, bdf.device, bdf.function]);
+    request[..3].copy_from_slice(&[bdf.bus(), bdf.device(), bdf.function()]);
     request[4..8].copy_from_slice(&COMPLETION_TIMEOUT.to_ne_bytes());
-    request[28..].copy_from_slice(&u32::from(bdf.domain).to_ne_bytes());
+    request[28..].copy_from_slice(&bdf.domain().to_ne_bytes());
     fs::write("/dev/aer_inject", request).expect("an error that is injected");
 }
 

@@ -42,7 +42,7 @@ impl Held {
     }
 
     /// All of it is of a device that is gone, and nothing is leaked.
-    async fn is_gone(mut self) {
+    async fn expect_gone(mut self) {
         let Self { device, bar, register, .. } = &self;
         assert_eq!(device.state(), State::Gone);
         assert!(device.is_gone().is_some());
@@ -63,6 +63,7 @@ impl Held {
         });
         assert!(ended.await.unwrap(), "an interrupt ends with the reason");
         // The memory is its owner's, as long as that likes.
+        self.memory.memory().write(0, &[1]).unwrap();
         let mut byte = [0];
         self.pages.memory().read(4096, &mut byte).unwrap();
         assert_eq!(byte, [7]);
@@ -104,7 +105,7 @@ fn unplugged_in_spite_of_the_application() {
         assert!(cause.to_string().contains("asked it back"), "{cause}");
         to_the_end(&mut events).await;
         assert!(within(|| !plug.plugged_in()), "the unplug hangs");
-        held.is_gone().await;
+        held.expect_gone().await;
         plug.plug_in();
         // Nothing is left that keeps the new device from us.
         Held::of(plug.open(SHORT).await).await;
@@ -170,7 +171,7 @@ fn unbound_while_it_is_used() {
             assert!(matches!(error, Error::Gone { .. }), "{error}");
         }
         reader.join().unwrap();
-        held.is_gone().await;
+        held.expect_gone().await;
         plug.bind();
         Held::of(plug.open(SHORT).await).await;
     });
@@ -188,7 +189,7 @@ fn closed_and_opened_again() {
         let ((), ()) = (one, two);
         assert_eq!(next(&mut events).await, Some(Event::Gone));
         let again = Held::of(plug.open(LONG).await).await;
-        held.is_gone().await;
+        held.expect_gone().await;
         assert_ne!(again.register.read(), u32::MAX);
     });
 }

@@ -146,6 +146,10 @@ impl Gate {
     pub(crate) fn of_kernel(bdf: Bdf, group: Option<GroupFd>) -> Arc<Self> {
         let mut gate = Self::new(&bdf.to_string(), Some(bdf), why::GONE | why::CLOSED);
         gate.group = Mutex::new(group);
+        // Opened a second time, it is as it was.
+        let lasting = why::MEMORY_OFF | why::SLEEPING | why::LOW_POWER;
+        let now = Self::at(bdf).iter().fold(0, |now, other| now | other.word.load(Ordering::SeqCst) & lasting);
+        gate.word = AtomicU64::new(now);
         let gate = Arc::new(gate);
         let mut open = lock(&OPEN);
         open.retain(|gate| gate.strong_count() != 0);
@@ -184,9 +188,11 @@ impl Gate {
         family
     }
 
-    /// The group that the device was opened by.
-    pub(crate) fn group(&self) -> Option<GroupFd> {
-        lock(&self.group).clone()
+    /// A group, if a device was opened by it.
+    pub(crate) fn of_group(number: u32) -> Option<GroupFd> {
+        let open = lock(&OPEN);
+        let mut groups = open.iter().filter_map(Weak::upgrade).filter_map(|gate| lock(&gate.group).clone());
+        groups.find(|group| group.number() == number)
     }
 
     pub(crate) fn has(&self, why: u64) -> bool {
@@ -254,7 +260,14 @@ impl Gate {
         wait::live(self).await
     }
 
-    /// The device is gone, for ever: its mappings too.
+    /// Something that kept the device from being live is over.
+    pub(crate) fn lift(&self, why: u64) {
+        self.word.fetch_and(!why, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// The device is gone, for ever: its mappings too. For a device of the kernel not on the reactor's thread: taking a mapping away
+    /// waits for the page faults in it, which may wait for a reset by another process.
     pub(crate) fn end(&self, cause: Error) {
         let _ = self.cause.set(cause);
         if self.word.fetch_or(why::GONE, Ordering::SeqCst) & why::GONE == 0 {

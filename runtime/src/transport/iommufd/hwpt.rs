@@ -69,6 +69,11 @@ impl Hwpt {
         &self.ioas
     }
 
+    /// Leaves it to the end of its context.
+    pub(crate) fn leak(self) {
+        self.object.forget();
+    }
+
     /// Destroys it.
     ///
     /// # Errors

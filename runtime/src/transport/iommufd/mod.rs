@@ -11,9 +11,11 @@
 //!
 //! Source: `include/uapi/linux/iommufd.h`, `drivers/iommu/iommufd/`.
 
+mod fault;
 mod hwpt;
 mod ioas;
 mod refusal;
+mod viommu;
 
 use std::{
     fmt,
@@ -24,8 +26,11 @@ use std::{
 use iommufd_bindings as abi;
 use rustix::{fs, io::Errno};
 
+pub(crate) use fault::Closed;
+pub use fault::FaultObject;
 pub use hwpt::{HwInfo, Hwpt, HwptFlags, IommuKind};
 pub use ioas::{Ioas, Ranges};
+pub use viommu::{Vdevice, VeventObject, Viommu};
 
 pub use crate::dma::Access;
 
@@ -179,7 +184,8 @@ macro_rules! commands {
 
 commands! {
     iommu_destroy iommu_option iommu_ioas_alloc iommu_ioas_allow_iovas iommu_ioas_copy iommu_ioas_iova_ranges iommu_ioas_map
-    iommu_ioas_map_file iommu_ioas_unmap iommu_hwpt_alloc iommu_hw_info
+    iommu_ioas_map_file iommu_ioas_unmap iommu_hwpt_alloc iommu_hw_info iommu_fault_alloc iommu_viommu_alloc iommu_vdevice_alloc
+    iommu_veventq_alloc
 }
 
 /// Asks for a mapping that can't be made: of no bytes, in an address space that does not exist. A kernel that knows the command
@@ -208,6 +214,10 @@ struct Object {
 enum Kind {
     Ioas,
     Hwpt,
+    Fault,
+    Viommu,
+    Vdevice,
+    Vevents,
 }
 
 impl Object {
@@ -270,11 +280,20 @@ fn destroy_failed(kind: Kind, id: u32, errno: Errno) -> String {
         (Kind::Hwpt, Errno::BUSY) => {
             "a device is attached to it, or another page table stands on it: detach all devices first"
         }
+        (Kind::Fault, Errno::BUSY) => {
+            "a page table uses it, or its descriptor is open: detach all devices and destroy the tables first"
+        }
+        (Kind::Viommu, Errno::BUSY) => "a device, a page table or a queue of it is left: destroy those first",
+        (Kind::Vevents, Errno::BUSY) => "its descriptor is open",
         _ => "the kernel refuses",
     };
     let kind = match kind {
         Kind::Ioas => "I/O address space",
         Kind::Hwpt => "page table",
+        Kind::Fault => "fault queue",
+        Kind::Viommu => "virtual IOMMU",
+        Kind::Vdevice => "device of a virtual IOMMU",
+        Kind::Vevents => "queue of events",
     };
     format!("destroying the {kind} with id {id} of iommufd: {why}")
 }
@@ -291,6 +310,8 @@ mod tests {
             (open_failed(Errno::MFILE).to_string(), "ulimit -n"),
             (destroy_failed(Kind::Ioas, 1, Errno::BUSY), "detach"),
             (destroy_failed(Kind::Hwpt, 1, Errno::BUSY), "detach"),
+            (destroy_failed(Kind::Fault, 1, Errno::BUSY), "descriptor is open"),
+            (destroy_failed(Kind::Viommu, 1, Errno::BUSY), "destroy those first"),
             (destroy_failed(Kind::Hwpt, 1, Errno::NOENT), "no such object"),
         ] {
             assert!(text.contains(part), "{text}");
@@ -303,5 +324,9 @@ mod tests {
         assert_eq!(ioctl::request(abi::IOMMUFD_CMD_IOAS_MAP as u8), 0x3b85);
         assert_eq!(ioctl::request(abi::IOMMUFD_CMD_IOAS_MAP_FILE as u8), 0x3b8f);
         assert_eq!(ioctl::request(abi::IOMMUFD_CMD_GET_HW_INFO as u8), 0x3b8a);
+        assert_eq!(ioctl::request(abi::IOMMUFD_CMD_FAULT_QUEUE_ALLOC as u8), 0x3b8e);
+        assert_eq!(ioctl::request(abi::IOMMUFD_CMD_VIOMMU_ALLOC as u8), 0x3b90);
+        assert_eq!(ioctl::request(abi::IOMMUFD_CMD_VDEVICE_ALLOC as u8), 0x3b91);
+        assert_eq!(ioctl::request(abi::IOMMUFD_CMD_VEVENTQ_ALLOC as u8), 0x3b93);
     }
 }
