@@ -223,7 +223,8 @@ impl Vf {
     /// # Errors
     /// As [`Vf::set_mac`].
     pub async fn clear_macs(&self) -> Result<()> {
-        self.0.ask(&mac_message(FILTER_CLEAR, [0; 6]), || "to take MAC addresses off".into()).await
+        // Linux wants some address here, too, which it does not look at.
+        self.0.ask(&mac_message(FILTER_CLEAR, self.mac()), || "to take MAC addresses off".into()).await
     }
 
     /// Receives packets for these groups, and for others with the same hash; for none if it is empty.
