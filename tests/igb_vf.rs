@@ -7,7 +7,7 @@ mod vf;
 
 use std::{
     collections::HashMap,
-    env,
+    env, fs,
     future::Future,
     net::UdpSocket,
     process::Command,
@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt, future::Either, future::select, pin_mut};
+use futures::{StreamExt, future::Either, future::join, future::select, pin_mut};
 use vf::{ECHO, HEADERS, HOST, Host, Interface, LINUX, blocking, content};
 use vfio_uring::{
     device::{Address, Device},
@@ -107,6 +107,13 @@ async fn exchange(host: &mut Host, packets: u64, sizes: std::ops::RangeInclusive
     assert_eq!((host.echoes - before, host.wrong), (packets, 0));
 }
 
+/// How often this function has interrupted.
+fn interrupts(vf: &str) -> u64 {
+    let all = fs::read_to_string("/proc/interrupts").unwrap();
+    let mine = all.lines().filter(|line| line.contains(vf));
+    mine.flat_map(|line| line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok())).sum()
+}
+
 async fn linked(vf: &Vf) {
     let mut changes = vf.link_changes();
     while !changes.next().await.unwrap().unwrap().up {}
@@ -140,6 +147,9 @@ async fn talks_to_linux(rig: Rig, options: VfOptions) {
     let statistics = vf.statistics().await.unwrap();
     assert!(statistics.rx_packets >= 3005 && statistics.tx_packets >= 3005, "{statistics:?}");
     assert!(statistics.queues.rx_packets >= 3005 && statistics.queues.tx_packets >= 3005, "{statistics:?}");
+    if vf.options().interrupt.is_some() {
+        assert!(interrupts(&rig.vfs[0]) > 0, "a queue that waits has its interrupt");
+    }
     stop(vf, [host]).await;
 }
 
@@ -301,6 +311,51 @@ fn a_reset_of_the_physical_function_is_seen() {
         let error = Vf::new(&device, VfOptions::default()).await.map(drop).unwrap_err();
         assert!(matches!(error, Error::Pf(_)), "{error}");
         rig.pf.set_up(true);
+        let (vf, mut seeds) = Vf::new(&device, VfOptions::default()).await.unwrap();
+        linked(&vf).await;
+        let mut host = Host::new(vf.mac(), seeds.remove(0).start().unwrap());
+        ping(&mut host).await;
+        stop(vf, [host]).await;
+    });
+}
+
+#[test]
+fn a_reset_of_the_function_is_seen() {
+    run(Idle::Hybrid, async |rig| {
+        let device = rig.device(0).await;
+        for _ in 0..2 {
+            let (vf, mut seeds) = Vf::new(&device, VfOptions::default()).await.unwrap();
+            linked(&vf).await;
+            let mut host = Host::new(vf.mac(), seeds.remove(0).start().unwrap());
+            ping(&mut host).await;
+            device.reset().await.unwrap();
+            let error = host.serve().await;
+            assert!(!matches!(error, Error::Stopped), "{error}");
+            let memory = vf.memory().clone();
+            vf.stop().await.unwrap();
+            drop(host);
+            all_is_back(&memory).await;
+        }
+    });
+}
+
+#[test]
+fn virtual_functions_are_taken_away_in_use() {
+    run(Idle::Hybrid, async |rig| {
+        let device = rig.device(0).await;
+        let (vf, mut seeds) = Vf::new(&device, VfOptions::default()).await.unwrap();
+        linked(&vf).await;
+        let mut host = Host::new(vf.mac(), seeds.remove(0).start().unwrap());
+        ping(&mut host).await;
+        // The kernel waits until we let go of it, which the runtime does after a while.
+        let removal = blocking(rig.pf.without_vfs());
+        let (error, ()) = join(host.serve(), removal).await;
+        assert!(matches!(error, Error::Runtime(_)), "{error}");
+        assert!(vf.stop().await.is_err());
+        drop((host, device));
+        rig.pf.with_vfs(&rig.vfs);
+        rig.pf.set_vf_mac(0, GIVEN);
+        let device = rig.device(0).await;
         let (vf, mut seeds) = Vf::new(&device, VfOptions::default()).await.unwrap();
         linked(&vf).await;
         let mut host = Host::new(vf.mac(), seeds.remove(0).start().unwrap());

@@ -1,6 +1,6 @@
 //! The physical function under Linux, and a host behind a virtual function that answers it.
 
-use std::{fs, io, process::Command, thread};
+use std::{fs, io, path::PathBuf, process::Command, thread};
 
 use futures::channel::oneshot;
 use rustix::net::{
@@ -20,7 +20,8 @@ pub const HEADERS: usize = 14 + 20 + 8;
 pub struct Interface {
     pub name: String,
     index: u32,
-    pub mac: [u8; 6],
+    /// Where its device is.
+    device: PathBuf,
 }
 
 impl Interface {
@@ -30,12 +31,9 @@ impl Interface {
         let entry = fs::read_dir(&folder).unwrap().next().unwrap().unwrap();
         let name = entry.file_name().into_string().unwrap();
         let value = |what| fs::read_to_string(entry.path().join(what)).unwrap().trim().to_string();
-        let mut mac = [0; 6];
-        for (byte, digits) in mac.iter_mut().zip(value("address").split(':')) {
-            *byte = u8::from_str_radix(digits, 16).unwrap();
-        }
         let index = value("ifindex").parse().unwrap();
-        Self { name, index, mac }
+        let device = fs::canonicalize(format!("/sys/bus/pci/devices/{vf}/physfn")).unwrap();
+        Self { name, index, device }
     }
 
     /// `ip link set NAME vf N mac MAC`, which BusyBox does not have: a request to rtnetlink.
@@ -63,6 +61,21 @@ impl Interface {
         let (len, _) = recv(&socket, &mut answer, RecvFlags::empty()).unwrap();
         let error = answer.get(16..20).filter(|_| len >= 20).map(|bytes| i32::from_ne_bytes(bytes.try_into().unwrap()));
         assert_eq!(error, Some(0), "the kernel sets the MAC address of virtual function {vf}");
+    }
+
+    /// Has its virtual functions go; waits for who uses them.
+    pub fn without_vfs(&self) -> impl FnOnce() -> io::Result<()> + Send + use<> {
+        let count = self.device.join("sriov_numvfs");
+        move || fs::write(count, "0")
+    }
+
+    /// Has them come again, for vfio-pci.
+    pub fn with_vfs(&self, vfs: &[String]) {
+        fs::write(self.device.join("sriov_numvfs"), vfs.len().to_string()).unwrap();
+        for vf in vfs {
+            fs::write(format!("/sys/bus/pci/devices/{vf}/driver_override"), "vfio-pci").unwrap();
+            fs::write("/sys/bus/pci/drivers_probe", vf).unwrap();
+        }
     }
 
     pub fn set_up(&self, up: bool) {

@@ -70,7 +70,8 @@ pub struct VfStatistics {
 /// A virtual function that is up. Cloning it is cheap. It belongs to the reactor that its device was opened on.
 ///
 /// When the physical function is reset (its interface goes down, say) the queues are dead: they and [`Vf::link_changes`] end with
-/// [`Error::PfReset`]. [`Vf::stop`] it then, and bring it up again.
+/// [`Error::PfReset`], and with [`Error::Nic`] when this function alone was reset ([`Device::reset`]). [`Vf::stop`] it then, and
+/// bring it up again.
 ///
 /// [`Vf::stop`] ends it in order. Without that, its queues end when the last clone goes, and memory that it may still use is given
 /// up, not freed.
@@ -328,9 +329,9 @@ impl Inner {
     fn start_tasks(&mut self, mut vectors: Vec<Interrupt>, relay: Arc<Relay>, relayed: Vec<Posted<u32>>) {
         let other = vectors.pop().map(|vector| (vector, 1 << self.options.queues));
         let (link, shared, sums) = (self.link.clone(), self.shared.clone(), self.sums.clone());
-        let (regs, mailbox) = (self.regs.clone(), self.mailbox.clone());
+        let (device, regs, mailbox) = (self.device.clone(), self.regs.clone(), self.mailbox.clone());
         self.tasks.push(spawn(async move {
-            if let Err(error) = keep(&regs, &mailbox, &link, &sums, other).await {
+            if let Err(error) = keep(&device, &regs, &mailbox, &link, &sums, other).await {
                 tracing::debug!(%error, "a virtual function ends");
                 link.end(error.clone());
                 shared.end(error);
@@ -410,15 +411,20 @@ async fn reset(regs: &Regs, within: Duration) -> Result<()> {
     rings::VF.disable(regs, VF_QUEUES, within).await
 }
 
-/// Keeps the link's state and the counters up to date, and looks at the mailbox, until the physical function is reset.
+/// Keeps the link's state and the counters up to date, and looks at the mailbox, until either function is reset.
 async fn keep(
+    device: &Device,
     regs: &Regs,
     mailbox: &Mailbox<Regs>,
     link: &Watch,
     sums: &RefCell<Sums>,
     mut interrupt: Option<(Interrupt, u32)>,
 ) -> Result<()> {
+    let generation = device.generation();
     loop {
+        if device.generation() != generation {
+            return Err(Error::nic("was reset: stop it, and bring it up again"));
+        }
         if let Some((_, bit)) = &interrupt {
             regs.write(EIMS, *bit).await?;
         }
