@@ -201,7 +201,8 @@ impl ForwardFloor {
         while done < count {
             self.nic.device_service();
             while packets.len() < self.batch {
-                let status = self.rx.load_u64(self.rx_next, 8).expect("inside");
+                let entry = self.rx.entry(self.rx_next).expect("inside");
+                let status = entry.load::<1>();
                 if status & rx::DD == 0 {
                     break;
                 }
@@ -210,9 +211,10 @@ impl ForwardFloor {
                     panic!("a packet of another kind");
                 }
                 // What a forwarder may want to know of the packet.
-                black_box(self.rx.load_u64(self.rx_next, 0).expect("inside"));
+                black_box(entry.load::<0>());
                 let Some(fresh) = self.free.pop() else { break };
-                self.rx.set_words(self.rx_next, [(0, fresh.iova()), (1, 0)]).expect("inside");
+                entry.store::<0>(fresh.iova());
+                entry.store::<1>(0);
                 let mut buf = self.rx_bufs[self.rx_next].replace(fresh).expect("a buffer");
                 buf.set_len(len).expect("it fits");
                 packets.push(buf);
@@ -228,7 +230,9 @@ impl ForwardFloor {
                 let len = packet.len() as u64;
                 let report = if index == last { tx::RS } else { 0 };
                 let word = PLAIN | report | len | len << tx::PAYLEN_SHIFT;
-                self.tx.set_words(self.tx_next, [(0, packet.iova()), (1, word)]).expect("inside");
+                let entry = self.tx.entry(self.tx_next).expect("inside");
+                entry.store::<0>(packet.iova());
+                entry.store::<1>(word);
                 self.tx_bufs[self.tx_next] = Some(packet);
                 self.tx_next = (self.tx_next + 1) & MASK;
                 done += 1;

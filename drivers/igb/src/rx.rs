@@ -58,6 +58,8 @@ pub(crate) struct RxRing {
     /// The buffers of a packet whose end is not there yet.
     partial: RefCell<Vec<Box<Node>>>,
     partial_len: Cell<usize>,
+    /// There is such a packet, or the rest of one is dropped.
+    irregular: Cell<bool>,
     /// The rest of the packet is dropped.
     skipping: Cell<bool>,
     /// A packet is there but no buffer to take its place.
@@ -105,6 +107,7 @@ impl RxRing {
             max_len,
             partial: RefCell::new(Vec::with_capacity(max_len.div_ceil(buffer_len) + 1)),
             partial_len: Cell::new(0),
+            irregular: Cell::new(false),
             skipping: Cell::new(false),
             starved: Cell::new(false),
             dead: Cell::new(false),
@@ -132,13 +135,12 @@ impl RxRing {
     fn take(&self, out: &mut Vec<Packet>, max: usize) -> usize {
         let Some(ring) = self.ring.as_ref().filter(|_| !self.dead.get()) else { return 0 };
         let mut stack = self.local.stack().borrow_mut();
-        let (mut at, mut bytes, mut taken) = (self.next.get(), 0, 0);
+        let (mut at, mut bytes, before) = (self.next.get(), 0, out.len());
+        let (slots, mask, buffer_len) = (&*self.slots, self.mask, self.buffer_len);
         // A NIC that writes descriptors which it was not given does not keep us here.
-        for _ in 0..self.slots.len() {
-            if taken == max {
-                break;
-            }
-            let Ok(status) = ring.load_u64(at, 8) else { break };
+        for _ in 0..max.min(slots.len()) {
+            let (Ok(entry), Some(slot)) = (ring.entry(at), slots.get(at)) else { break };
+            let status = entry.load::<1>();
             if status & rx::DD == 0 {
                 break;
             }
@@ -149,34 +151,29 @@ impl RxRing {
                 self.starve();
                 break;
             };
-            let (Ok(info), Some(slot)) = (ring.load_u64(at, 0), self.slots.get(at)) else { break };
-            let _ = ring.set_words(at, [(0, fresh.iova.to_le()), (1, 0)]);
+            let info = entry.load::<0>();
+            entry.store::<0>(fresh.iova);
+            entry.store::<1>(0);
             let Some(mut node) = slot.replace(Some(fresh)) else { break };
-            at = (at + 1) & self.mask;
+            at = (at + 1) & mask;
             let len = (status >> rx::LEN_SHIFT) as usize & 0xffff;
             node.len = len as u32;
             node.info = [info, status];
             node.offload = None;
-            if status & REGULAR != rx::EOP || len.wrapping_sub(1) >= self.buffer_len || self.is_irregular() {
+            if status & REGULAR != rx::EOP || len.wrapping_sub(1) >= buffer_len || self.irregular.get() {
                 if let Some(packet) = self.assemble(node, len, status, &mut stack) {
                     bytes += packet.len();
                     out.push(packet);
-                    taken += 1;
                 }
                 continue;
             }
             bytes += len;
             out.push(Packet(Some(node)));
-            taken += 1;
         }
         self.next.set(at);
+        let taken = out.len() - before;
         self.counters.received(taken as u64, bytes as u64);
         taken
-    }
-
-    #[inline(always)]
-    fn is_irregular(&self) -> bool {
-        self.partial_len.get() != 0 || self.skipping.get()
     }
 
     /// A descriptor that is not a whole packet of its own. The packet, when it is complete.
@@ -197,6 +194,7 @@ impl RxRing {
         } else {
             partial.push(node);
             self.partial_len.set(whole);
+            self.irregular.set(!ends);
             if !ends {
                 return None;
             }
@@ -218,6 +216,7 @@ impl RxRing {
         }
         self.partial_len.set(0);
         self.skipping.set(!ends);
+        self.irregular.set(!ends);
         stack.push(node);
         stack.append(&mut partial);
         None
@@ -320,7 +319,7 @@ pub struct RxQueue {
 }
 
 impl RxQueue {
-    /// Takes up to `max` packets that are there, without waiting; how many.
+    /// Takes packets that are there, from up to `max` descriptors, without waiting; how many.
     ///
     /// # Errors
     /// What ended the queue.

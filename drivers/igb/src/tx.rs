@@ -103,18 +103,15 @@ impl TxRing {
         }
     }
 
-    /// What a packet needs, or what is wrong with it.
+    /// Whether a packet is as most are: it needs one descriptor.
     #[inline(always)]
-    fn needs(&self, node: &Node) -> Result<usize, &'static str> {
-        let len = node.len as usize;
-        if node.is_plain() && len.wrapping_sub(MIN_LEN) <= MAX_LEN - MIN_LEN && node.space_id == self.space_id {
-            return Ok(1);
-        }
-        self.needs_aside(node)
+    fn is_simple(&self, node: &Node) -> bool {
+        node.is_plain() && (node.len as usize).wrapping_sub(MIN_LEN) <= MAX_LEN - MIN_LEN && node.space_id == self.space_id
     }
 
+    /// How many descriptors a packet needs, or what is wrong with it.
     #[cold]
-    fn needs_aside(&self, node: &Node) -> Result<usize, &'static str> {
+    fn needs(&self, node: &Node) -> Result<usize, &'static str> {
         let (mut total, mut segments) = (0usize, 0);
         for node in std::iter::successors(Some(node), |node| node.next.as_deref()) {
             segments += 1;
@@ -147,25 +144,6 @@ impl TxRing {
             return Err("TSO needs a segment size, and a TCP header of 20 to 60 bytes");
         }
         Ok(segments + usize::from(self.context.get() != context(offload)))
-    }
-
-    /// Writes a packet of one descriptor.
-    #[inline(always)]
-    fn put_plain(&self, ring: &DmaRing<[u64; 2]>, at: usize, node: Box<Node>) -> usize {
-        let len = u64::from(node.len);
-        let mut word = PLAIN | len | len << tx::PAYLEN_SHIFT;
-        let next = (at + 1) & self.mask;
-        if next.is_multiple_of(REPORT) {
-            word |= tx::RS;
-            self.report(at);
-        }
-        let _ = ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
-        self.last.set(word);
-        if let Some(slot) = self.slots.get(at) {
-            // It had none.
-            std::mem::forget(slot.replace(Some(node)));
-        }
-        next
     }
 
     #[inline(never)]
@@ -237,37 +215,56 @@ impl TxRing {
         let mut room = self.available();
         let (mut gone, mut sent, mut bytes) = (0, 0, 0);
         let before = room;
-        let mut tail = self.tail.get();
+        let (slots, mask) = (&*self.slots, self.mask);
+        let (mut tail, mut last) = (self.tail.get(), self.last.get());
         for packet in packets.iter_mut() {
-            let Some(node) = &packet.0 else {
+            let Some(node) = packet.0.take() else {
                 gone += 1;
                 continue;
             };
-            match self.needs(node) {
-                Ok(needed) if needed > room => break,
-                Ok(needed) => {
-                    let Some(node) = packet.0.take() else { break };
-                    if needed == 1 && node.is_plain() {
-                        bytes += node.len as usize;
-                        tail = self.put_plain(ring, tail, node);
-                        room -= 1;
-                    } else {
+            if room == 0 || !self.is_simple(&node) {
+                match self.needs(&node) {
+                    Ok(needed) if needed > room => {
+                        packet.0 = Some(node);
+                        break;
+                    }
+                    Ok(_) => {
                         self.tail.set(tail);
                         let (used, len) = self.put(ring, node);
-                        tail = self.tail.get();
+                        (tail, last) = (self.tail.get(), self.last.get());
                         room -= used;
                         bytes += len;
+                        sent += 1;
                     }
-                    sent += 1;
+                    Err(why) => {
+                        tracing::debug!(why, "a packet can't be sent");
+                        self.counters.invalid();
+                        pool::give_chain(Some(node));
+                    }
                 }
-                Err(why) => {
-                    tracing::debug!(why, "a packet can't be sent");
-                    self.counters.invalid();
-                    pool::give_chain(packet.0.take());
-                }
+                gone += 1;
+                continue;
             }
+            let (Ok(entry), Some(slot)) = (ring.entry(tail), slots.get(tail)) else {
+                packet.0 = Some(node);
+                break;
+            };
+            bytes += node.len as usize;
+            last = PLAIN | u64::from(node.len) | u64::from(node.len) << tx::PAYLEN_SHIFT;
+            if tail & (REPORT - 1) == REPORT - 1 {
+                last |= tx::RS;
+                self.report(tail);
+            }
+            entry.store::<0>(node.iova);
+            entry.store::<1>(last);
+            // It had none.
+            std::mem::forget(slot.replace(Some(node)));
+            tail = (tail + 1) & mask;
+            room -= 1;
+            sent += 1;
             gone += 1;
         }
+        self.last.set(last);
         self.tail.set(tail);
         self.free.set(self.free.get() - (before - room));
         self.counters.sent(sent, bytes as u64);
@@ -354,32 +351,33 @@ impl TxRing {
         found
     }
 
-    /// Buffers of neighbours mostly have the same home.
+    /// Has the buffers of `count` descriptors go home.
     fn bring_home(&self, from: usize, count: usize) {
-        let (mut at, end) = (from, from + count);
-        while at < end {
-            let Some(node) = self.slots.get(at & self.mask).and_then(Cell::take) else {
-                at += 1;
-                continue;
-            };
-            let Some(local) = pool::local_of(&node) else {
-                pool::give(node);
-                at += 1;
-                continue;
-            };
-            let mut stack = local.stack().borrow_mut();
-            stack.push(node);
-            at += 1;
-            while at < end {
-                let Some(slot) = self.slots.get(at & self.mask) else { break };
-                match slot.take() {
-                    Some(node) if local.is_home_of(&node) => stack.push(node),
-                    other => {
-                        slot.set(other);
-                        break;
+        // Around the end of the ring, in two parts.
+        let first = count.min(self.slots.len().saturating_sub(from));
+        for part in [from..from + first, 0..count - first] {
+            let mut slots = self.slots.get(part).unwrap_or(&[]).iter();
+            while let Some(slot) = slots.next() {
+                let Some(node) = slot.take() else { continue };
+                let Some(local) = pool::local_of(&node) else {
+                    pool::give(node);
+                    continue;
+                };
+                // Its neighbours mostly have the same home.
+                let mut stack = local.stack().borrow_mut();
+                stack.reserve(slots.len() + 1);
+                stack.push(node);
+                for slot in slots.by_ref() {
+                    match slot.take() {
+                        Some(node) if local.is_home_of(&node) => stack.push(node),
+                        None => {}
+                        Some(node) => {
+                            drop(stack);
+                            pool::give(node);
+                            break;
+                        }
                     }
                 }
-                at += 1;
             }
         }
     }

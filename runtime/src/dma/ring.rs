@@ -298,9 +298,62 @@ impl<T> DmaRing<T> {
         Ok(value)
     }
 
+    /// An entry, for several accesses at the price of one check.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] beyond the last.
+    #[inline(always)]
+    pub fn entry(&self, index: usize) -> Result<DmaEntry<'_, T>, OutOfBounds> {
+        Ok(DmaEntry { at: self.at(index)?.cast(), ring: PhantomData })
+    }
+
     /// Fills all entries with zeros.
     pub fn clear(&self) {
         self.shared.fill(0);
+    }
+}
+
+/// An entry of a [`DmaRing`]. Words are `u64`s; a number beyond the entry does not compile.
+///
+/// ```
+/// # futures::executor::block_on(async {
+/// # use vfio_uring::dma::*;
+/// # let space = AddressSpace::new(Backend::Null, &[IovaRange { start: 0, last: u64::MAX }], 4096, 64);
+/// # let pool = Pool::new(&space, 65536, HugePages::No).await?;
+/// let ring = DmaRing::<[u64; 2]>::new(pool.alloc(4096)?.into_shared())?;
+/// let entry = ring.entry(255)?;
+/// entry.store::<1>(7);
+/// assert_eq!((entry.load::<1>(), ring.get(255)?[1].to_le()), (7, 7));
+/// # Ok::<_, vfio_uring::Error>(()) }).unwrap();
+/// ```
+pub struct DmaEntry<'a, T> {
+    at: *mut u64,
+    ring: PhantomData<&'a DmaRing<T>>,
+}
+
+impl<T> DmaEntry<'_, T> {
+    /// Loads a little-endian word, with acquire order.
+    #[inline(always)]
+    pub fn load<const WORD: usize>(&self) -> u64 {
+        const { assert!(WORD < size_of::<T>() / 8, "a word of the entry") };
+        // SAFETY: within the entry, which lives as long as the ring that is borrowed, and starts at a multiple of 8.
+        let value = unsafe { access::load_nth::<u64>(self.at, WORD) };
+        fence(Ordering::Acquire);
+        value
+    }
+
+    /// Stores a little-endian word.
+    #[inline(always)]
+    pub fn store<const WORD: usize>(&self, value: u64) {
+        const { assert!(WORD < size_of::<T>() / 8, "a word of the entry") };
+        // SAFETY: as in `load`.
+        unsafe { access::store_nth(self.at, WORD, value.to_le()) };
+    }
+}
+
+impl<T> fmt::Debug for DmaEntry<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmaEntry").finish_non_exhaustive()
     }
 }
 

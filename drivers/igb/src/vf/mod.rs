@@ -3,17 +3,15 @@
 
 mod mailbox;
 mod options;
+mod statistics;
 
-use std::{
-    cell::{Cell, RefCell},
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use mailbox::Mailbox;
 pub use options::VfOptions;
+use statistics::Sums;
+pub use statistics::VfStatistics;
 use vfio_uring::{
     device::{Device, Interrupt, Irq, Posted},
     dma::{HugePages, Pool},
@@ -46,27 +44,6 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const SAFETY_INTERVAL: Duration = Duration::from_millis(500);
 /// Multicast hashes of a message: two in each word but the first.
 const HASHES: usize = (WORDS - 1) * 2;
-/// VFGPRC, VFGORC, VFGPTC, VFGOTC, VFMPRC: they wrap.
-const COUNTERS: [u64; 5] = [0x0f10, 0x0f18, 0x0f14, 0x0f34, 0x0f3c];
-
-/// What a virtual function has counted since it was brought up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct VfStatistics {
-    /// What the driver counted, of all queues.
-    pub queues: QueueStatistics,
-    /// Good packets that were received (VFGPRC).
-    pub rx_packets: u64,
-    /// Bytes of these (VFGORC).
-    pub rx_bytes: u64,
-    /// Good packets that were sent (VFGPTC).
-    pub tx_packets: u64,
-    /// Bytes of these (VFGOTC).
-    pub tx_bytes: u64,
-    /// Of the received ones, multicasts (VFMPRC).
-    pub rx_multicast: u64,
-}
-
 /// A virtual function that is up. Cloning it is cheap. It belongs to the reactor that its device was opened on.
 ///
 /// When the physical function is reset (its interface goes down, say) the queues are dead: they and [`Vf::link_changes`] end with
@@ -86,16 +63,12 @@ struct Inner {
     mac: Cell<[u8; 6]>,
     shared: Arc<Shared>,
     counters: Vec<Arc<Counters>>,
-    sums: Rc<RefCell<Sums>>,
+    sums: Rc<Sums>,
     link: Rc<Watch>,
     stopped: Cell<bool>,
     memory: Pool,
     tasks: Vec<JoinHandle<()>>,
 }
-
-/// The counters' last values, and the sums.
-#[derive(Default)]
-struct Sums([(u32, u64); COUNTERS.len()]);
 
 impl Vf {
     /// Resets the virtual function behind `device` and brings it up, with the queues that the options ask for. The physical
@@ -187,11 +160,10 @@ impl Vf {
     /// [`Error::Runtime`] from the device.
     pub async fn statistics(&self) -> Result<VfStatistics> {
         let inner = &*self.0;
-        collect(&inner.regs, &inner.sums).await?;
+        inner.sums.collect(&inner.regs).await?;
         let mut queues = QueueStatistics::default();
         inner.counters.iter().for_each(|counters| queues += counters.read());
-        let [rx_packets, rx_bytes, tx_packets, tx_bytes, rx_multicast] = inner.sums.borrow().0.map(|(_, sum)| sum);
-        Ok(VfStatistics { queues, rx_packets, rx_bytes, tx_packets, tx_bytes, rx_multicast })
+        Ok(inner.sums.read(queues))
     }
 
     /// What the driver has counted, of each queue: without a look at the function.
@@ -298,8 +270,7 @@ impl Inner {
         // With the CRC and a VLAN tag.
         let longest = options.max_frame as u32 + 4;
         self.ask(&[SET_LONGEST, longest], || format!("frames of {longest} bytes")).await?;
-        collect(regs, &self.sums).await?;
-        self.sums.borrow_mut().0.iter_mut().for_each(|(_, sum)| *sum = 0);
+        self.sums.clear(regs).await?;
         self.write_vectors().await?;
         for seed in seeds {
             rings::VF.enable(regs, seed, common).await?;
@@ -417,7 +388,7 @@ async fn keep(
     regs: &Regs,
     mailbox: &Mailbox<Regs>,
     link: &Watch,
-    sums: &RefCell<Sums>,
+    sums: &Sums,
     mut interrupt: Option<(Interrupt, u32)>,
 ) -> Result<()> {
     let generation = device.generation();
@@ -431,7 +402,7 @@ async fn keep(
         mailbox.look().await?;
         link.look(regs).await?;
         // Often enough for counters that wrap.
-        collect(regs, sums).await?;
+        sums.collect(regs).await?;
         match &mut interrupt {
             Some((interrupt, _)) => match timeout(SAFETY_INTERVAL, interrupt.next()).await {
                 Ok(Some(fired)) => fired?,
@@ -441,17 +412,6 @@ async fn keep(
             None => sleep(LOOK_INTERVAL).await,
         }
     }
-}
-
-async fn collect(regs: &Regs, sums: &RefCell<Sums>) -> Result<()> {
-    for (index, register) in COUNTERS.into_iter().enumerate() {
-        let value = regs.read(register).await?;
-        if let Some((last, sum)) = sums.borrow_mut().0.get_mut(index) {
-            *sum += u64::from(value.wrapping_sub(*last));
-            *last = value;
-        }
-    }
-    Ok(())
 }
 
 fn mac_message(info: u32, [a, b, c, d, e, f]: [u8; 6]) -> [u32; 3] {
