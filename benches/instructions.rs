@@ -36,9 +36,11 @@ const CASES: [(&str, usize, Option<f64>, f64); 11] = [
 /// Bars for the instructions over the floor at depth 128.
 const TAX: [(&str, f64); 2] = [("future", 110.0), ("stream", 45.0)];
 
-/// Instructions of a packet that is forwarded at this batch: what is aimed at, what is held, and the bar for the ratio to the loop
-/// written by hand.
-const FORWARD: (usize, f64, f64, f64) = (32, 130.0, 130.0, 1.25);
+/// A packet that is forwarded, in batches of so many: instructions, and their ratio to those of the loop written by hand; for each, the
+/// bar that is aimed at and what is held.
+const FORWARD_BATCH: usize = 32;
+const FORWARD: (f64, f64) = (130.0, 180.0);
+const FORWARD_RATIO: (f64, f64) = (1.25, 1.38);
 
 fn main() {
     let args: Vec<String> = env::args().collect();
@@ -86,15 +88,17 @@ fn main() {
 
 /// The forward path of the NIC driver.
 fn forward(worse: &mut Vec<String>) {
-    let (batch, bar, held, ratio_bar) = FORWARD;
+    let (batch, (bar, held), (ratio_bar, ratio_held)) = (FORWARD_BATCH, FORWARD, FORWARD_RATIO);
     println!("\ninstructions per forwarded packet at batch {batch}, driver's side (device not counted)");
     let (floor, total) = (per_io("forward-floor", batch, "*measured*"), per_io("forward", batch, "*measured*"));
     let ratio = total / floor;
-    println!("by hand {floor:.1}, driver {total:.1} (bar {bar}, held {held}), ratio {ratio:.2} (bar {ratio_bar})");
+    println!(
+        "by hand {floor:.1}, driver {total:.1} (bar {bar}, held {held}), ratio {ratio:.2} (bar {ratio_bar}, held {ratio_held})"
+    );
     // Set-up differs a little from run to run, by less than one in many packets.
     let allocating = per_io("forward", batch, "malloc") + per_io("forward", batch, "free");
     println!("in the allocator: {allocating:.2}");
-    if total > held || ratio > ratio_bar || allocating.abs() > 0.5 {
+    if total > held || ratio > ratio_held || allocating.abs() > 0.5 {
         worse.push(format!("forward: {total:.1}, ratio {ratio:.2}, {allocating:.1} in the allocator"));
     }
 }

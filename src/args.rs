@@ -11,7 +11,7 @@ use vfio_uring::{
     reactor::Idle,
 };
 
-pub use self::serve::{Mac, Model, Serve, ServeIgb, ServeNvme, WireArg};
+pub use self::serve::{FaultsArg, Mac, Model, Serve, ServeEdu, ServeIgb, ServeNvme, WireArg};
 use crate::failure::{Failure, Result};
 
 /// Most commands that can be outstanding on a queue.
@@ -31,6 +31,7 @@ Examples:
   vfio-uring bench --rw randrw --verify --runtime 2     reads and writes, data compared
   vfio-uring serve nvme --socket /tmp/nvme.sock --size 1g
   vfio-uring serve igb --socket /tmp/nic.sock --wire tap:tap0
+  vfio-uring serve edu --socket /tmp/edu.sock --faults single-region
   vfio-uring bench --device vfio-user:/tmp/nvme.sock --bs 128k --rw read
   vfio-uring info vfio-user:/tmp/nvme.sock
   vfio-uring list                                       the PCI devices, and what is missing to use each

@@ -1,10 +1,10 @@
 //! `vfio-uring info`.
 
-use std::{fmt::Write, process::ExitCode};
+use std::{fmt::Write, iter, process::ExitCode};
 
 use serde::Serialize;
 use vfio_uring::{
-    device::{Area, Device, Irq, index},
+    device::{Area, Device, index},
     pci::capability,
     reactor::Reactor,
 };
@@ -161,9 +161,9 @@ fn regions(device: &Device) -> Vec<RegionInfo> {
 }
 
 fn irqs(device: &Device) -> Vec<IrqInfo> {
-    [(Irq::Intx, "INTx"), (Irq::Msi, "MSI"), (Irq::MsiX, "MSI-X"), (Irq::Error, "error"), (Irq::Request, "request")]
-        .into_iter()
-        .map(|(irq, name)| (name, device.irq(irq)))
+    let names_of = ["INTx", "MSI", "MSI-X", "error", "request"].into_iter().chain(iter::repeat("device-specific"));
+    names_of
+        .zip(device.irqs().iter().copied())
         .filter(|(_, info)| info.count != 0)
         .map(|(name, info)| IrqInfo { name, count: info.count, flags: names(info.flags, &IRQ_FLAGS) })
         .collect()

@@ -59,7 +59,7 @@ fn usage(error: &clap::Error) -> ExitCode {
             end(print(&error.render().to_string()).map(|()| ExitCode::SUCCESS))
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => end(Err(Failure::Usage(
-            "what to do? list, bind, unbind, info, bench, serve nvme or serve igb; see --help".into(),
+            "what to do? list, bind, unbind, info, bench, serve nvme, serve igb or serve edu; see --help".into(),
         ))),
         _ => end(Err(Failure::Usage(one_line(&error.render().to_string())))),
     }

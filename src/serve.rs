@@ -10,13 +10,15 @@ use std::{
 
 use vfio_uring_models::{
     device::Device,
+    edu,
+    faults::{self, Form},
     igb::{self, Nic, Wire},
     nvme::{Backing, Config, Controller, NamespaceConfig},
     server::{Server, Socket, Stop},
 };
 
 use crate::{
-    args::{Mac, Model, Serve, ServeIgb, ServeNvme, WireArg},
+    args::{FaultsArg, Mac, Model, Serve, ServeEdu, ServeIgb, ServeNvme, WireArg},
     bench::bytes,
     failure::{Failure, Result, print},
     signals,
@@ -32,6 +34,7 @@ pub fn run(args: &Serve) -> Result<ExitCode> {
     match &args.model {
         Model::Nvme(args) => nvme(args),
         Model::Igb(args) => igb(args),
+        Model::Edu(args) => edu(args),
     }
 }
 
@@ -84,6 +87,18 @@ fn igb(args: &ServeIgb) -> Result<ExitCode> {
         format!("serving a network adapter at vfio-user:{path} ({}), {what}; Ctrl-C ends it\n", shown(mac))
     };
     serve(seats, &ready)
+}
+
+fn edu(args: &ServeEdu) -> Result<ExitCode> {
+    let (form, what) = match args.faults {
+        None => (None, "without a fault queue"),
+        Some(FaultsArg::TwoRegion) => (Some(Form::TwoRegion), "with a fault queue in two regions"),
+        Some(FaultsArg::SingleRegion) => (Some(Form::Single), "with a fault queue in one region"),
+    };
+    let faults = form.map(faults::Config::new).transpose().map_err(plain)?;
+    let server = edu::server(edu::Config { faults, ..edu::Config::default() }).map_err(plain)?;
+    let ready = format!("serving an edu device at vfio-user:{}, {what}; Ctrl-C ends it\n", args.socket.display());
+    serve(vec![Seat { server, socket: Socket::bind(&args.socket).map_err(plain)? }], &ready)
 }
 
 /// A wire, and what to say of it.

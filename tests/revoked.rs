@@ -4,14 +4,14 @@
 
 mod device;
 
-use std::{cell::Cell, rc::Rc, time::Duration};
+use std::{cell::Cell, env, fs, path::Path, process::Command, rc::Rc, thread, time::Duration};
 
 use device::{Rig, fill, is_filled, run};
 use vfio_uring::{
     Error as Runtime,
-    device::{Device, State},
+    device::{Device, Options as DeviceOptions, RemovalPolicy, State},
     dma::{HugePages, Pool},
-    reactor::{Idle, JoinHandle, spawn, timeout, yield_now},
+    reactor::{Idle, JoinHandle, sleep, spawn, timeout, yield_now},
 };
 use vfio_uring_nvme::{Controller, Error, Namespace, Options};
 
@@ -37,7 +37,7 @@ impl Load {
         let mut tasks = Vec::new();
         for (number, queue) in (0..).zip(&queues) {
             for lane in 0..DEPTH as u64 {
-                let ns = queue.namespace(2).unwrap();
+                let ns = queue.namespace(1).unwrap();
                 tasks.push(spawn(io(ns, pool.clone(), 64 + number * DEPTH as u64 + lane, done.clone())));
             }
         }
@@ -83,7 +83,8 @@ fn is_unavailable(error: &Error) -> bool {
     matches!(cause(error), Error::Runtime(error) if matches!(**error, Runtime::MmioUnavailable { .. } | Runtime::Unavailable { .. }))
 }
 
-async fn io(ns: Namespace, pool: Pool, lba: u64, done: Rc<Cell<u64>>) -> Error {
+async fn io(ns: Namespace, pool: Pool, page: u64, done: Rc<Cell<u64>>) -> Error {
+    let lba = page * (PAGE / ns.block_size()) as u64;
     let mut buf = pool.alloc(PAGE).unwrap();
     loop {
         fill(&mut buf, lba);
@@ -151,5 +152,79 @@ fn memory_off_in_the_midst_of_io() {
             drop(nvme);
             nothing_is_left(&rig.device).await;
         }
+    });
+}
+
+/// The device that QEMU calls `plug`, in the guest: opened, with its address and a short time of grace.
+async fn plug() -> Option<(Device, String)> {
+    let Ok(bdf) = env::var("VFIO_URING_TEST_PLUG") else {
+        println!("VFIO_URING_TEST_PLUG names no device to take away");
+        return None;
+    };
+    // After it was plugged in or unbound, nobody has it, or the kernel's driver.
+    assert!(Command::new("/bin/sh").args(["-c", &format!(". /etc/profile; vfio {bdf}")]).status().unwrap().success());
+    let removal = RemovalPolicy { grace: Some(Duration::from_millis(500)) };
+    let options = DeviceOptions { removal, ..DeviceOptions::default() };
+    Some((Device::open_with(&device::address(&bdf), options).await.unwrap(), bdf))
+}
+
+/// Waits for a file, or for its end.
+async fn until(there: bool, path: &str) {
+    timeout(SOON, async {
+        while Path::new(path).exists() != there {
+            sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("{path}: there is {there} expected"));
+}
+
+fn is_gone(error: &Error) -> bool {
+    matches!(cause(error), Error::Runtime(error) if matches!(**error, Runtime::Gone { .. }))
+}
+
+/// Nobody lets go of anything; the queues end when the device is taken away, and all that they had is free.
+async fn taken_away(device: Device, take: impl FnOnce() + Send + 'static) {
+    let nvme = Controller::new(&device, Options::default()).await.unwrap();
+    let mut load = Load::start(&nvme).await;
+    load.flow().await;
+    let taker = thread::spawn(take);
+    load.end(is_gone).await;
+    timeout(SOON, device.gone()).await.expect("it is gone");
+    while !device.is_stopped() {
+        sleep(Duration::from_millis(10)).await;
+    }
+    nvme.reset().await.expect("nothing is left to do");
+    load.all_is_back();
+    assert!(is_gone(&Controller::new(&device, Options::default()).await.unwrap_err()));
+    drop(nvme);
+    nothing_is_left(&device).await;
+    while !taker.is_finished() {
+        sleep(Duration::from_millis(10)).await;
+    }
+    taker.join().unwrap();
+}
+
+#[test]
+fn unbound_in_the_midst_of_io() {
+    run(Idle::Park, async {
+        let Some((device, bdf)) = plug().await else { return };
+        let driver = format!("/sys/bus/pci/devices/{bdf}/driver");
+        taken_away(device, move || fs::write(format!("{driver}/unbind"), bdf).unwrap()).await;
+        let (device, _) = plug().await.unwrap();
+        Controller::new(&device, Options::default()).await.unwrap().shutdown().await.unwrap();
+    });
+}
+
+#[test]
+fn unplugged_in_the_midst_of_io() {
+    run(Idle::Hybrid, async {
+        let Some((device, bdf)) = plug().await else { return };
+        let host = |verb| assert!(Command::new("/bin/host").args([verb, "plug"]).status().unwrap().success(), "{verb}");
+        taken_away(device, move || host("device_del")).await;
+        let folder = format!("/sys/bus/pci/devices/{bdf}");
+        until(false, &folder).await;
+        host("device_add");
+        until(true, &folder).await;
     });
 }

@@ -65,6 +65,11 @@ pub trait Host {
 
     /// Signals the one MSI of a device that has one besides MSI-X; nothing happens when it is not bound.
     fn signal_msi(&mut self) {}
+
+    /// Signals the first vector of an interrupt index that only some devices have; nothing happens when it is not bound.
+    fn signal_specific(&mut self, index: u32) {
+        let _ = index;
+    }
 }
 
 /// A host without memory and interrupts: what a device has while no client is connected.
@@ -109,6 +114,19 @@ pub struct RegionSpec {
     pub flags: u32,
     /// The part that may be mapped.
     pub mappable: Option<Mappable>,
+    /// What a region from [`region::COUNT`] on is.
+    pub kind: Option<Kind>,
+}
+
+/// What a region or an interrupt that only some devices have is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kind {
+    /// Its type.
+    pub type_: u32,
+    /// Its subtype.
+    pub subtype: u32,
+    /// A capability that is a number, and its id.
+    pub capability: Option<(u16, u32)>,
 }
 
 impl RegionSpec {
@@ -127,11 +145,27 @@ pub struct Rest<'a> {
 
 /// A software PCI device.
 pub trait Device {
-    /// The region of an index below [`region::COUNT`]; it does not change while a client is connected.
+    /// The region of an index below [`Device::regions`]; it does not change while a client is connected.
     fn region(&self, index: u32) -> RegionSpec;
 
-    /// Vectors of an interrupt index below [`irq::COUNT`].
+    /// Vectors of an interrupt index below [`Device::irqs`].
     fn irq_vectors(&self, index: u32) -> u32;
+
+    /// Number of regions. Those from [`region::COUNT`] on have a [`RegionSpec::kind`].
+    fn regions(&self) -> u32 {
+        region::COUNT
+    }
+
+    /// Number of interrupt indices.
+    fn irqs(&self) -> u32 {
+        irq::COUNT
+    }
+
+    /// What an interrupt index from [`irq::COUNT`] on is, where the client is to be told.
+    fn irq_kind(&self, index: u32) -> Option<Kind> {
+        let _ = index;
+        None
+    }
 
     /// Reads from a region. The bounds were checked against [`Device::region`].
     ///
@@ -147,6 +181,11 @@ pub trait Device {
 
     /// Initial registers, doorbells zeroed: on DEVICE_RESET and when the client is gone.
     fn reset(&mut self, host: &mut impl Host);
+
+    /// The client is gone, and all that it set up goes with it. By default a reset.
+    fn disconnected(&mut self) {
+        self.reset(&mut NoHost);
+    }
 
     /// Polls the doorbells and processes what is there, a bounded batch; gives the units of work that were done.
     fn service(&mut self, host: &mut impl Host) -> usize;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::size;
 use crate::failure::{Failure, Result};
@@ -19,6 +19,8 @@ pub enum Model {
     Nvme(ServeNvme),
     /// An Intel 82576 network adapter whose cable leads to a TAP interface, to files, to another one, or to a generator
     Igb(ServeIgb),
+    /// QEMU's edu device, which computes factorials and copies memory, with a fault queue if wanted
+    Edu(ServeEdu),
 }
 
 const SERVE_HELP: &str = "\
@@ -74,6 +76,34 @@ pub struct ServeIgb {
     /// Where the cable leads to
     #[arg(long, value_name = "WIRE", value_parser = wire)]
     pub wire: Vec<WireArg>,
+}
+
+const EDU_HELP: &str = "\
+It runs until Ctrl-C or SIGTERM, serves one client at a time, and takes the next one when a client goes. With a fault queue, a copy
+from or to an address that the client has not mapped is reported there.
+
+Examples:
+  vfio-uring serve edu --socket /tmp/edu.sock
+  vfio-uring serve edu --socket /tmp/edu.sock --faults single-region";
+
+#[derive(Debug, Args)]
+#[command(after_help = EDU_HELP)]
+pub struct ServeEdu {
+    /// Where to listen; removed at the end
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// The form of its fault queue [default: it has none]
+    #[arg(long, value_name = "FORM")]
+    pub faults: Option<FaultsArg>,
+}
+
+/// The form of a fault queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FaultsArg {
+    /// A region for the producer and one for the consumer, who agree on a version
+    TwoRegion,
+    /// One region, and one for the answers to page requests
+    SingleRegion,
 }
 
 /// A MAC address.

@@ -1,6 +1,7 @@
 //! The command as its users see it: output, exit status, and what happens when the other side goes away.
 
 mod bench;
+mod edu;
 mod igb;
 mod pci;
 mod serve;

@@ -60,7 +60,8 @@ impl Rig {
     }
 }
 
-fn address(name: &str) -> Address {
+/// A device of the kernel by the way that is tested, or whatever else is named.
+pub fn address(name: &str) -> Address {
     match env::var("VFIO_URING_TRANSPORT") {
         Ok(transport) if !name.contains("vfio-user:") => format!("{transport}:{name}").parse().unwrap(),
         _ => name.parse().unwrap(),

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::{Boot, EDU, IGB, IGB_VFS, NVME, NVME2, PLUG};
+use crate::machine::{Boot, EDU, IGB, IGB_VFS, NVME, NVME2, PAIR, PAIR2, PLUG};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -244,10 +244,14 @@ pub fn steps() -> Vec<Step> {
             .before(include_str!("../guest/igb-vf.sh"))
             .after(include_str!("../guest/igb-vf-after.sh"))
             .within(240),
-        Step::test("revoked", "vfio-uring-cli", "revoked").devices(&[NVME, NVME2]).each_transport().within(120),
+        Step::test("revoked", "vfio-uring-cli", "revoked")
+            .devices(&[NVME, PLUG])
+            .each_transport()
+            .env("VFIO_URING_TEST_PLUG", PLUG)
+            .within(240),
         Step::test("gate", "vfio-uring", "vfio_gate")
-            .devices(&[IGB, NVME])
-            .env("VFIO_URING_TEST_GATE", NVME)
+            .devices(&[IGB, NVME, PAIR, PAIR2])
+            .env("VFIO_URING_TEST_GATE", &[NVME, PAIR, PAIR2].join(","))
             .env("VFIO_URING_TEST_IGB", IGB)
             .each_transport()
             .within(240),

@@ -68,7 +68,7 @@
 //! [`Error::PfReset`]; they are stopped then, and brought up again when the interface is up.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::vec_box, reason = "a node stays in its place when it goes from one list to another")]
+#![allow(clippy::vec_box, reason = "a buffer's box is the buffer's for its whole life, and moves between lists as one word")]
 
 mod counters;
 mod error;

@@ -46,11 +46,10 @@ pub struct Statistics {
     pub tx_tso: u64,
 }
 
-/// A register, and what it adds to.
-type Counted = (u64, fn(&mut Statistics) -> &mut u64);
+type Field = fn(&mut Statistics) -> &mut u64;
 
-/// Registers (section 8.19) of 32 bits.
-const NARROW: [Counted; 16] = [
+/// Registers (section 8.19) of 32 bits, and what they add to.
+const NARROW: [(u64, Field); 16] = [
     (0x4000, |s| &mut s.rx_crc_errors),
     (0x4004, |s| &mut s.rx_errors),
     (0x4008, |s| &mut s.rx_errors),
@@ -69,7 +68,7 @@ const NARROW: [Counted; 16] = [
     (0x40f8, |s| &mut s.tx_tso),
 ];
 /// Registers of 64 bits, the high half of which clears both.
-const WIDE: [Counted; 2] = [(0x4088, |s| &mut s.rx_bytes), (0x4090, |s| &mut s.tx_bytes)];
+const WIDE: [(u64, Field); 2] = [(0x4088, |s| &mut s.rx_bytes), (0x4090, |s| &mut s.tx_bytes)];
 
 /// The sums so far.
 pub(crate) struct Sums {

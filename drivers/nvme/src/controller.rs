@@ -208,7 +208,7 @@ impl Controller {
     /// [`Error::Controller`] when it does not shut down in time; its memory is given up then.
     pub async fn shutdown(self) -> Result<()> {
         let inner = &*self.0;
-        if inner.watch.was_reset() {
+        if inner.watch.was_reset() || inner.watch.is_proven() {
             return inner.reset().await;
         }
         let config = inner.bar.read::<u32>(register::CC).await?;
@@ -223,7 +223,7 @@ impl Controller {
 impl Inner {
     /// Disables the controller, unless its device was reset. Confirmed by CSTS.RDY, or by the device, it touches no memory any more.
     async fn reset(&self) -> Result<()> {
-        if !self.watch.was_reset_for_sure() {
+        if !self.watch.is_proven() {
             disable(&self.bar, self.cap).await?;
         }
         self.admin.quiesce();

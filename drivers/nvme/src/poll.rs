@@ -18,7 +18,7 @@ use crate::{
     Error,
     queue::{NONE, QueuePair, Slot, State, TICKS},
     spec::{CqeTail, Status},
-    watch::Event,
+    watch::End,
 };
 
 /// Looks at the queue between two looks at the clock while the reactor spins.
@@ -274,8 +274,7 @@ impl QueuePair {
             return;
         }
         match self.watch.as_ref().and_then(|watch| watch.look([&self.sq_doorbell, &self.cq_doorbell], self.lost_before)) {
-            Some(Event::Reset { proven }) => return self.was_reset(proven),
-            Some(Event::Lost(error)) => return self.end(error.into()),
+            Some(end) => return self.end_from_outside(end),
             None if self.dead.get() || self.outstanding() == 0 => return,
             None => {}
         }
@@ -292,12 +291,12 @@ impl QueuePair {
         }
     }
 
-    /// The device knows nothing of the queue any more.
+    /// Ends the queue with its device.
     #[cold]
-    fn was_reset(&self, proven: bool) {
+    fn end_from_outside(&self, End { error, proven }: End) {
         // First, so that those that the end wakes get their buffers back.
         self.quiesced.set(proven);
-        self.end(Error::Reset);
+        self.end(error);
         if proven {
             self.drop_orphans();
         }

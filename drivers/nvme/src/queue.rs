@@ -393,7 +393,7 @@ impl QueuePair {
 impl Drop for QueuePair {
     /// Without a proof that the controller is done with it, memory is given up, not freed.
     fn drop(&mut self) {
-        if self.quiesced.get() {
+        if self.quiesced.get() || self.watch.as_ref().is_some_and(Watch::is_proven) {
             let Rings { sq, cq, lists } = &self.rings;
             sq.shared().release();
             cq.shared().release();

@@ -10,6 +10,8 @@ use vfio_uring::{
     mmio::Value,
 };
 
+use crate::Error;
+
 /// A device, as the queues of one controller watch it. Clones are the same: stores that are lost are counted by the mapping, which
 /// all doorbells share, and told of once, so that the queue that asks has to tell the others.
 #[derive(Debug, Clone)]
@@ -26,12 +28,11 @@ struct Inner {
     error: RefCell<Option<vfio_uring::Error>>,
 }
 
-/// What has happened to the device.
-pub(crate) enum Event {
-    /// It was reset, and knows nothing of the queue any more. If that is proven, it does no DMA either that it was told to do before.
-    Reset { proven: bool },
-    /// It can't go on.
-    Lost(vfio_uring::Error),
+/// What has happened to the device, which ends its queues.
+pub(crate) struct End {
+    pub(crate) error: Error,
+    /// Whether it is proven that the device does no DMA any more that it was told to do.
+    pub(crate) proven: bool,
 }
 
 impl Watch {
@@ -52,9 +53,9 @@ impl Watch {
         self.0.device.generation() != self.0.generation
     }
 
-    /// Whether it is proven that the device was reset since.
-    pub(crate) fn was_reset_for_sure(&self) -> bool {
-        self.0.device.confirmed_generation() > self.0.generation
+    /// Whether it is proven that the device does nothing any more that it was told to do, since it was reset or closed.
+    pub(crate) fn is_proven(&self) -> bool {
+        self.0.device.confirmed_generation() > self.0.generation || self.0.device.is_stopped()
     }
 
     /// How often doorbells were found to be lost.
@@ -63,22 +64,24 @@ impl Watch {
         self.0.lost.get()
     }
 
-    /// What has happened to the device since a queue with these doorbells was made; `before` is [`Watch::lost`] then.
+    /// What ends a queue with these doorbells; `before` is [`Watch::lost`] when it was made.
     #[inline]
-    pub(crate) fn look<T: Value>(&self, doorbells: [&Posted<T>; 2], before: u32) -> Option<Event> {
+    pub(crate) fn look<T: Value>(&self, doorbells: [&Posted<T>; 2], before: u32) -> Option<End> {
+        let device = &self.0.device;
+        let end = |error| Some(End { error, proven: self.is_proven() });
         if self.was_reset() {
-            return Some(Event::Reset { proven: self.was_reset_for_sure() });
+            return end(Error::Reset);
         }
         if let Some(error) = doorbells.iter().find_map(|doorbell| doorbell.take_error()) {
             self.0.lost.set(self.lost().wrapping_add(1));
             self.0.error.replace(Some(error));
         }
-        if let Some(error) = self.0.device.is_gone() {
-            return Some(Event::Lost(error));
+        if let Some(error) = device.is_gone() {
+            return end(error.into());
         }
         // What a reset makes of the queue is known at its end.
-        if self.lost() != before && self.0.device.state() != State::Resetting {
-            return self.0.error.borrow().clone().map(Event::Lost);
+        if self.lost() != before && device.state() != State::Resetting {
+            return self.0.error.borrow().clone().and_then(|error| end(error.into()));
         }
         None
     }

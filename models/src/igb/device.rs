@@ -42,9 +42,9 @@ impl Device for Nic {
     fn region(&self, index: u32) -> RegionSpec {
         let flags = RegionSpec::READ_WRITE;
         match index {
-            region::BAR0 => RegionSpec { size: BAR_SIZE, flags, mappable: self.core.area.mappable() },
-            MSIX_REGION => RegionSpec { size: MSIX_BAR_SIZE, flags, mappable: None },
-            region::CONFIG => RegionSpec { size: CONFIG_SIZE as u64, flags, mappable: None },
+            region::BAR0 => RegionSpec { size: BAR_SIZE, flags, mappable: self.core.area.mappable(), kind: None },
+            MSIX_REGION => RegionSpec { size: MSIX_BAR_SIZE, flags, mappable: None, kind: None },
+            region::CONFIG => RegionSpec { size: CONFIG_SIZE as u64, flags, mappable: None, kind: None },
             _ => RegionSpec::default(),
         }
     }

@@ -37,8 +37,10 @@ impl Device for Controller {
     fn region(&self, index: u32) -> RegionSpec {
         let flags = RegionSpec::READ_WRITE;
         match index {
-            region::BAR0 => RegionSpec { size: self.bar.size, flags, mappable: Some(self.bar.doorbells.clone()) },
-            region::CONFIG => RegionSpec { size: CONFIG_SIZE as u64, flags, mappable: None },
+            region::BAR0 => {
+                RegionSpec { size: self.bar.size, flags, mappable: Some(self.bar.doorbells.clone()), kind: None }
+            }
+            region::CONFIG => RegionSpec { size: CONFIG_SIZE as u64, flags, mappable: None, kind: None },
             _ => RegionSpec::default(),
         }
     }

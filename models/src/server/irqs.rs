@@ -10,7 +10,7 @@ use rustix::{
 };
 use vfio_uring::transport::user::wire::SetIrqs;
 
-use crate::device::{Device, irq};
+use crate::device::Device;
 
 const DATA_NONE: u32 = 1;
 const DATA_BOOL: u32 = 2;
@@ -22,7 +22,7 @@ const ACTION_TRIGGER: u32 = 0x20;
 /// Eventfds by interrupt index and vector.
 #[derive(Debug, Default)]
 pub(super) struct Irqs {
-    bound: [Vec<Option<OwnedFd>>; irq::COUNT as usize],
+    bound: Vec<Vec<Option<OwnedFd>>>,
 }
 
 impl Irqs {
@@ -38,7 +38,7 @@ impl Irqs {
     pub fn set(&mut self, set: &SetIrqs, data: &[u8], fds: Vec<OwnedFd>, device: &impl Device) -> Result<(), Errno> {
         let (index, start, count) = (set.index.get(), set.start.get(), set.count.get());
         let (kind, action) = (set.flags.get() & 7, set.flags.get() & !7);
-        if index >= irq::COUNT || !matches!(kind, DATA_NONE | DATA_BOOL | DATA_EVENTFD) {
+        if index >= device.irqs() || !matches!(kind, DATA_NONE | DATA_BOOL | DATA_EVENTFD) {
             return Err(Errno::INVAL);
         }
         let vectors = device.irq_vectors(index);
@@ -52,6 +52,9 @@ impl Irqs {
             ACTION_TRIGGER => {}
             ACTION_MASK | ACTION_UNMASK => return Err(Errno::NOTSUP),
             _ => return Err(Errno::INVAL),
+        }
+        if self.bound.len() <= index as usize {
+            self.bound.resize_with(index as usize + 1, Vec::new);
         }
         let Some(bound) = self.bound.get_mut(index as usize) else { return Err(Errno::INVAL) };
         match kind {

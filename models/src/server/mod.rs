@@ -46,7 +46,7 @@ pub use self::{
 };
 use vfio_uring::dma::IovaRange;
 
-use crate::device::{Device, NoHost};
+use crate::device::Device;
 
 /// A client that does not take what it is sent, or does not answer what it is asked, is waited for this long.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(5);
@@ -166,7 +166,7 @@ impl<D: Device> Server<D> {
             self.stats.clients.fetch_add(1, Ordering::Relaxed);
             let lost = self.serve(client, &mut lobby);
             tracing::debug!("the client is gone: {lost}");
-            self.device.reset(&mut NoHost);
+            self.device.disconnected();
         }
         Ok(())
     }

@@ -9,9 +9,9 @@ use rustix::io::Errno;
 use vfio_uring::{
     dma::{IovaRange, SharedMemory},
     transport::user::wire::{
-        self, CAP_SPARSE_MMAP, CapHeader, Capabilities, DEFAULT_MAX_DATA_XFER, DeviceInfo, DmaMap, DmaUnmap, Header,
-        IrqInfo, MAX_CONTROL_PAYLOAD, MultiWrite, RegionAccess, RegionInfo, SetIrqs, SparseArea, SparseMmap, Version,
-        command, parse_version, version_payload,
+        self, CAP_IRQ_TYPE, CAP_SPARSE_MMAP, CAP_TYPE, CapHeader, Capabilities, DEFAULT_MAX_DATA_XFER, DeviceInfo, DmaMap,
+        DmaUnmap, ExtendedIrqInfo, Header, IrqInfo, MAX_CONTROL_PAYLOAD, MultiWrite, RegionAccess, RegionInfo, RegionType,
+        SetIrqs, SparseArea, SparseMmap, Version, command, parse_version, version_payload,
     },
 };
 use zerocopy::{FromBytes, IntoBytes};
@@ -20,7 +20,7 @@ use super::{
     dma::{DmaTable, MAX_MAPS, PAGE, Piece},
     irqs::Irqs,
 };
-use crate::device::{Device, Host, RegionSpec, Unmapped, irq, region};
+use crate::device::{Device, Host, Kind, RegionSpec, Unmapped, irq};
 
 /// Descriptors that are taken in one message.
 pub const MAX_MSG_FDS: usize = 16;
@@ -36,6 +36,7 @@ const REGION_MMAP: u32 = 4;
 const REGION_CAPS: u32 = 8;
 const IRQ_EVENTFD: u32 = 1;
 const IRQ_NORESIZE: u32 = 8;
+const IRQ_CAPS: u32 = 1 << 4;
 
 /// Reaches memory that the client did not share, by DMA_READ and DMA_WRITE.
 pub trait Channel {
@@ -182,7 +183,7 @@ impl Session {
                 at_least::<DmaUnmap>(unmap.argsz.get())?;
                 self.dma.unmap(&unmap).map(|()| unmap.as_bytes().into())
             }
-            command::DEVICE_GET_INFO => device_info(payload),
+            command::DEVICE_GET_INFO => device_info(payload, device),
             command::DEVICE_GET_REGION_INFO => region_info(payload, device),
             command::DEVICE_GET_IRQ_INFO => irq_info(payload, device),
             command::DEVICE_SET_IRQS => {
@@ -302,7 +303,7 @@ fn at_least<T>(argsz: u32) -> Result<(), Errno> {
 }
 
 fn region_of(device: &impl Device, index: u32) -> Result<RegionSpec, Errno> {
-    if index < region::COUNT { Ok(device.region(index)) } else { Err(Errno::INVAL) }
+    if index < device.regions() { Ok(device.region(index)) } else { Err(Errno::INVAL) }
 }
 
 /// The bounds and permissions of an access.
@@ -311,14 +312,14 @@ fn check(spec: &RegionSpec, offset: u64, len: usize, flag: u32) -> Result<(), Er
     if spec.flags & flag != 0 && inside { Ok(()) } else { Err(Errno::INVAL) }
 }
 
-fn device_info(payload: &[u8]) -> Result<Answer, Errno> {
+fn device_info(payload: &[u8], device: &impl Device) -> Result<Answer, Errno> {
     let (info, _) = parse::<DeviceInfo>(payload)?;
     at_least::<DeviceInfo>(info.argsz.get())?;
     let info = DeviceInfo {
         argsz: (size_of::<DeviceInfo>() as u32).into(),
         flags: DEVICE_FLAGS.into(),
-        num_regions: region::COUNT.into(),
-        num_irqs: irq::COUNT.into(),
+        num_regions: device.regions().into(),
+        num_irqs: device.irqs().into(),
     };
     Ok(info.as_bytes().into())
 }
@@ -330,19 +331,22 @@ fn region_info(payload: &[u8], device: &impl Device) -> Result<Answer, Errno> {
     let (request, _) = parse::<RegionInfo>(payload)?;
     at_least::<RegionInfo>(request.argsz.get())?;
     let spec = region_of(device, request.index.get())?;
-    let mut capability: Vec<u8> = Vec::new();
+    let mut capabilities = Vec::new();
     if let Some(area) = &spec.mappable {
-        capability.extend(CapHeader { id: CAP_SPARSE_MMAP.into(), version: 1.into(), next: 0.into() }.as_bytes());
-        capability.extend(SparseMmap { nr_areas: 1.into(), reserved: 0.into() }.as_bytes());
-        capability.extend(SparseArea { offset: area.offset.into(), size: area.size.into() }.as_bytes());
+        let head = SparseMmap { nr_areas: 1.into(), reserved: 0.into() };
+        let area = SparseArea { offset: area.offset.into(), size: area.size.into() };
+        capabilities.push((CAP_SPARSE_MMAP, [head.as_bytes(), area.as_bytes()].concat()));
     }
+    if let Some(kind) = &spec.kind {
+        capabilities.extend(described(CAP_TYPE, kind));
+    }
+    let capability = chain(size_of::<RegionInfo>(), &capabilities);
     let needed = size_of::<RegionInfo>() + capability.len();
     let whole = request.argsz.get() as usize >= needed;
-    let extra = match &spec.mappable {
-        Some(_) if whole => REGION_MMAP | REGION_CAPS,
-        Some(_) => REGION_MMAP,
-        None => 0,
-    };
+    let mut extra = if spec.mappable.is_some() { REGION_MMAP } else { 0 };
+    if whole && !capability.is_empty() {
+        extra |= REGION_CAPS;
+    }
     let cap_offset = if extra & REGION_CAPS != 0 { size_of::<RegionInfo>() as u32 } else { 0 };
     let info = RegionInfo {
         argsz: (needed as u32).into(),
@@ -359,18 +363,52 @@ fn region_info(payload: &[u8], device: &impl Device) -> Result<Answer, Errno> {
     Ok(Answer { payload, fd: spec.mappable.filter(|_| whole).map(|area| area.fd) })
 }
 
+/// Type and subtype, and the number that goes with them, as capabilities.
+fn described(id: u16, kind: &Kind) -> Vec<(u16, Vec<u8>)> {
+    let body = RegionType { kind: kind.type_.into(), subtype: kind.subtype.into() };
+    let number = kind.capability.map(|(id, number)| (id, number.to_le_bytes().to_vec()));
+    [(id, body.as_bytes().to_vec())].into_iter().chain(number).collect()
+}
+
+/// A chain of capabilities, `start` bytes after the start of its structure; each is padded to 8 bytes, as the kernel does.
+fn chain(start: usize, capabilities: &[(u16, Vec<u8>)]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (i, (id, body)) in capabilities.iter().enumerate() {
+        let len = (size_of::<CapHeader>() + body.len()).next_multiple_of(8);
+        let at = bytes.len();
+        let next = if i + 1 == capabilities.len() { 0 } else { (start + at + len) as u32 };
+        bytes.extend(CapHeader { id: (*id).into(), version: 1.into(), next: next.into() }.as_bytes());
+        bytes.extend(body);
+        bytes.resize(at + len, 0);
+    }
+    bytes
+}
+
+/// Capabilities come as with [`region_info`].
 fn irq_info(payload: &[u8], device: &impl Device) -> Result<Answer, Errno> {
     let (request, _) = parse::<IrqInfo>(payload)?;
     at_least::<IrqInfo>(request.argsz.get())?;
     let index = request.index.get();
-    if index >= irq::COUNT {
+    if index >= device.irqs() {
         return Err(Errno::INVAL);
     }
     let count = device.irq_vectors(index);
     let flags = if count == 0 { 0 } else { IRQ_EVENTFD | IRQ_NORESIZE };
-    let argsz = size_of::<IrqInfo>() as u32;
-    let info = IrqInfo { argsz: argsz.into(), flags: flags.into(), index: request.index, count: count.into() };
-    Ok(info.as_bytes().into())
+    let info = |argsz: usize, flags: u32| IrqInfo {
+        argsz: (argsz as u32).into(),
+        flags: flags.into(),
+        index: request.index,
+        count: count.into(),
+    };
+    let Some(kind) = device.irq_kind(index) else { return Ok(info(size_of::<IrqInfo>(), flags).as_bytes().into()) };
+    let start = size_of::<ExtendedIrqInfo>();
+    let capabilities = chain(start, &described(CAP_IRQ_TYPE, &kind));
+    let needed = start + capabilities.len();
+    if (request.argsz.get() as usize) < needed {
+        return Ok(info(needed, flags).as_bytes().into());
+    }
+    let extended = ExtendedIrqInfo { info: info(needed, flags | IRQ_CAPS), cap_offset: (start as u32).into() };
+    Ok(extended.as_bytes().iter().copied().chain(capabilities).collect::<Vec<u8>>()[..].into())
 }
 
 /// The client as the device sees it.
@@ -434,5 +472,9 @@ impl<C: Channel> Host for SessionHost<'_, C> {
 
     fn signal_msi(&mut self) {
         self.irqs.signal(irq::MSI, 0);
+    }
+
+    fn signal_specific(&mut self, index: u32) {
+        self.irqs.signal(index, 0);
     }
 }

@@ -77,9 +77,9 @@ impl Toy {
 impl Device for Toy {
     fn region(&self, index: u32) -> RegionSpec {
         match index {
-            0 => RegionSpec { size: 0x4000, flags: 3, mappable: Some(self.mappable.clone()) },
-            2 => RegionSpec { size: 2 << 20, flags: 1, mappable: None },
-            7 => RegionSpec { size: 256, flags: 3, mappable: None },
+            0 => RegionSpec { size: 0x4000, flags: 3, mappable: Some(self.mappable.clone()), kind: None },
+            2 => RegionSpec { size: 2 << 20, flags: 1, mappable: None, kind: None },
+            7 => RegionSpec { size: 256, flags: 3, mappable: None, kind: None },
             _ => RegionSpec::default(),
         }
     }

@@ -80,6 +80,8 @@ pub(super) struct Board {
     /// The device is being closed by [`removal::give_up`].
     closing: Cell<bool>,
     closed: Cell<bool>,
+    /// It does no DMA any more.
+    stopped: Cell<bool>,
     listeners: RefCell<Slab<Waker>>,
 }
 
@@ -92,6 +94,14 @@ impl Board {
     pub(super) fn set_closed(&self) {
         self.closed.set(true);
         self.wake();
+    }
+
+    pub(super) fn set_stopped(&self) {
+        self.stopped.set(true);
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.get()
     }
 
     /// Waits until the device is closed.

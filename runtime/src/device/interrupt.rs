@@ -36,6 +36,19 @@ pub enum Irq {
     Request = 4,
 }
 
+impl Irq {
+    /// Number of these indices; those from here on are of some devices only.
+    pub const COUNT: u32 = 5;
+}
+
+/// The name of an index, for people.
+fn name(index: u32) -> String {
+    match [Irq::Intx, Irq::Msi, Irq::MsiX, Irq::Error, Irq::Request].get(index as usize) {
+        Some(irq) => format!("{irq:?}"),
+        None => format!("device-specific interrupt {index}"),
+    }
+}
+
 /// An interrupt vector: a stream whose items mean "look at the queue". Several interrupts may make one item, and the first
 /// item may tell of an interrupt that was handled before.
 ///
@@ -46,21 +59,21 @@ pub struct Interrupt {
     ended: bool,
     fd: Arc<OwnedFd>,
     device: Rc<Inner>,
-    irq: Irq,
+    index: u32,
     vector: u32,
 }
 
 impl fmt::Debug for Interrupt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Interrupt").field("irq", &self.irq).field("vector", &self.vector).finish_non_exhaustive()
+        f.debug_struct("Interrupt").field("irq", &name(self.index)).field("vector", &self.vector).finish_non_exhaustive()
     }
 }
 
 impl Interrupt {
     /// Takes the vector for this handle; nobody else can until it is dropped.
-    fn new(device: &Rc<Inner>, irq: Irq, vector: u32, fd: &Arc<OwnedFd>) -> Result<Self> {
-        if !device.vectors.borrow_mut().insert((irq as u32, vector)) {
-            return Err(Error::invalid(format!("{irq:?} vector {vector} is taken: drop its Interrupt first")));
+    fn new(device: &Rc<Inner>, index: u32, vector: u32, fd: &Arc<OwnedFd>) -> Result<Self> {
+        if !device.vectors.borrow_mut().insert((index, vector)) {
+            return Err(Error::invalid(format!("{} vector {vector} is taken: drop its Interrupt first", name(index))));
         }
         Ok(Self {
             poll: op::poll_multishot(fd, PollFlags::IN.bits().into()),
@@ -68,7 +81,7 @@ impl Interrupt {
             ended: false,
             fd: fd.clone(),
             device: device.clone(),
-            irq,
+            index,
             vector,
         })
     }
@@ -141,18 +154,19 @@ impl Stream for Interrupt {
 
 impl Drop for Interrupt {
     fn drop(&mut self) {
-        self.device.vectors.borrow_mut().remove(&(self.irq as u32, self.vector));
-        self.device.transport.unset_irq(self.irq as u32, self.vector);
+        self.device.vectors.borrow_mut().remove(&(self.index, self.vector));
+        self.device.transport.unset_irq(self.index, self.vector);
     }
 }
 
-pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32) -> Result<Vec<Interrupt>> {
-    let has = device.irqs.get(irq as usize).map_or(0, |info| info.count);
-    if matches!(irq, Irq::Error | Irq::Request) && device.transport.is_kernel() && has != 0 {
-        return Err(Error::invalid(format!("{irq:?} is taken: Device::events() tells of errors and removal requests")));
+pub(super) async fn assign(device: &Rc<Inner>, index: u32, start: u32, count: u32) -> Result<Vec<Interrupt>> {
+    let has = device.irqs.get(index as usize).map_or(0, |info| info.count);
+    if [Irq::Error as u32, Irq::Request as u32].contains(&index) && device.transport.is_kernel() && has != 0 {
+        let name = name(index);
+        return Err(Error::invalid(format!("{name} is taken: Device::events() tells of errors and removal requests")));
     }
     if count == 0 || start.checked_add(count).is_none_or(|end| end > has) {
-        return Err(Error::Unsupported { what: format!("{irq:?} vectors {start}+{count}: it has {has}") });
+        return Err(Error::Unsupported { what: format!("{} vectors {start}+{count}: it has {has}", name(index)) });
     }
     let mut fds = Vec::new();
     for _ in 0..count {
@@ -160,9 +174,9 @@ pub(super) async fn assign(device: &Rc<Inner>, irq: Irq, start: u32, count: u32)
         fds.push(Arc::new(fd.map_err(|errno| Error::io("making an eventfd for an interrupt; raise ulimit -n", errno))?));
     }
     // From here on a failure, or a dropped future, takes back what was assigned.
-    let interrupts = (start..).zip(&fds).map(|(vector, fd)| Interrupt::new(device, irq, vector, fd));
+    let interrupts = (start..).zip(&fds).map(|(vector, fd)| Interrupt::new(device, index, vector, fd));
     let interrupts = interrupts.collect::<Result<Vec<_>>>()?;
     let _inside = device.gate.enter(Access::Control)?;
-    device.transport.set_irqs(irq as u32, start, &fds).await.map_err(|error| device.explain(error))?;
+    device.transport.set_irqs(index, start, &fds).await.map_err(|error| device.explain(error))?;
     Ok(interrupts)
 }

@@ -35,7 +35,7 @@ mod removal;
 mod reset;
 
 use std::{
-    cell::{OnceCell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::BTreeSet,
     fmt,
     rc::Rc,
@@ -144,6 +144,8 @@ pub(crate) struct Inner {
     irqs: Vec<IrqInfo>,
     /// Vectors that an [`Interrupt`] has.
     vectors: RefCell<BTreeSet<(u32, u32)>>,
+    /// Whether somebody reads the fault queue.
+    faults_claimed: Cell<bool>,
     regions: Vec<RegionState>,
     gate: Arc<Gate>,
     transport: Transport,
@@ -172,6 +174,15 @@ impl Drop for Inner {
 #[derive(Clone)]
 pub struct Device {
     inner: Rc<Inner>,
+}
+
+/// The right to read a device's fault queue.
+pub(crate) struct FaultClaim(Rc<Inner>);
+
+impl Drop for FaultClaim {
+    fn drop(&mut self) {
+        self.0.faults_claimed.set(false);
+    }
 }
 
 impl fmt::Debug for Device {
@@ -217,10 +228,24 @@ impl Device {
             Address::Cdev(bdf) => open::kernel(*bdf, Way::Cdev, options).await?,
         };
         let Opened { regions, gate, transport, seat, dma, info, irqs, signals } = opened;
-        let (address, vectors, board) = (address.clone(), RefCell::default(), Rc::default());
+        let (address, vectors, faults_claimed, board) =
+            (address.clone(), RefCell::default(), Cell::default(), Rc::default());
         let (seat, places, wakeups) = (RefCell::new(Some(seat)), Default::default(), Default::default());
-        let inner = Inner { address, info, irqs, vectors, regions, gate, transport, seat, board, dma, places, wakeups };
-        let inner = Rc::new(inner);
+        let inner = Rc::new(Inner {
+            address,
+            info,
+            irqs,
+            vectors,
+            faults_claimed,
+            regions,
+            gate,
+            transport,
+            seat,
+            board,
+            dma,
+            places,
+            wakeups,
+        });
         if let Some(signals) = signals {
             let (gate, board) = (inner.gate.clone(), inner.board.clone());
             reactor::spawn(events::watch(Rc::downgrade(&inner), gate, board, signals, options.removal));
@@ -316,7 +341,38 @@ impl Device {
     /// of them, [`Error::Refused`] when it says no; none of them is
     /// left on then.
     pub async fn interrupts(&self, irq: Irq, start: u32, count: u32) -> Result<Vec<Interrupt>> {
-        interrupt::assign(&self.inner, irq, start, count).await
+        interrupt::assign(&self.inner, irq as u32, start, count).await
+    }
+
+    /// What the device has of each interrupt index: those of [`Irq`], then those that only some devices have.
+    pub fn irqs(&self) -> &[IrqInfo] {
+        &self.inner.irqs
+    }
+
+    /// As [`Device::interrupts`], of an index that only some devices have: see [`Device::irqs`].
+    ///
+    /// # Errors
+    /// As for [`Device::interrupts`].
+    pub async fn specific_interrupts(&self, index: u32, start: u32, count: u32) -> Result<Vec<Interrupt>> {
+        interrupt::assign(&self.inner, index, start, count).await
+    }
+
+    /// The regions that the device has, by ascending index.
+    pub fn regions(&self) -> impl Iterator<Item = Region> + '_ {
+        (0..).zip(&self.inner.regions).filter(|(_, state)| state.info.size != 0).map(|(index, _)| self.handle(index))
+    }
+
+    fn handle(&self, index: u32) -> Region {
+        Region::new(self.inner.clone(), index)
+    }
+
+    /// Takes the device's fault queue for one reader.
+    pub(crate) fn claim_faults(&self) -> Result<FaultClaim> {
+        if self.inner.faults_claimed.replace(true) {
+            let what = format!("the fault queue of {} has a reader: close or drop that first", self.inner.address);
+            return Err(Error::InUse { what });
+        }
+        Ok(FaultClaim(self.inner.clone()))
     }
 
     /// Unmasks an INTx interrupt: it is masked each time that it fires.

@@ -42,10 +42,13 @@ pub(super) fn name(region: u32) -> String {
     }
 }
 
+/// `VFIO_REGION_INFO_FLAG_WRITE`.
+const REGION_FLAG_WRITE: u32 = 2;
+
 /// A mapped part of a region.
-pub(super) struct MappedArea {
-    pub(super) offset: u64,
-    pub(super) memory: Arc<SharedMemory>,
+pub(crate) struct MappedArea {
+    pub(crate) offset: u64,
+    pub(crate) memory: Arc<SharedMemory>,
 }
 
 /// What a region is mapped from.
@@ -81,7 +84,7 @@ impl RegionState {
         let mut mapped = Vec::new();
         if GUARDED && self.info.flags & REGION_FLAG_MMAP != 0 {
             for area in &self.info.areas {
-                let memory = self.map_area(*area, gate).map_err(|error| {
+                let memory = self.map_area(region, *area, gate).map_err(|error| {
                     Error::fault(format!("region {region}: its area {:#x}+{:#x}: {error}", area.offset, area.size))
                 })?;
                 mapped.extend(memory.map(|memory| MappedArea { offset: area.offset, memory }));
@@ -90,15 +93,17 @@ impl RegionState {
         Ok(self.mapped.get_or_init(|| mapped))
     }
 
-    fn map_area(&self, area: Area, gate: &Gate) -> Result<Option<Arc<SharedMemory>>> {
+    fn map_area(&self, region: u32, area: Area, gate: &Gate) -> Result<Option<Arc<SharedMemory>>> {
         let page = rustix::param::page_size() as u64;
         let offset = self.info.offset.checked_add(area.offset).filter(|offset| offset.is_multiple_of(page));
         let offset = offset.ok_or_else(|| Error::invalid("it does not start at a page of its descriptor"))?;
         let len = usize::try_from(area.size).map_err(|_| Error::invalid("it is larger than memory"))?;
+        // What a device calls read-only may refuse to be mapped otherwise. BARs are not: their registers are stored to.
+        let writable = region <= index::VGA || self.info.flags & REGION_FLAG_WRITE != 0;
         match &self.source {
             Source::Nothing => Ok(None),
-            Source::File(fd) => gate.map(fd, offset, || SharedMemory::map(fd, offset, len, true)).map(Some),
-            Source::Device(device) => gate.map(device.shared(), offset, || device.map(offset, len, true)).map(Some),
+            Source::File(fd) => gate.map(fd, offset, || SharedMemory::map(fd, offset, len, writable)).map(Some),
+            Source::Device(device) => gate.map(device.shared(), offset, || device.map(offset, len, writable)).map(Some),
         }
     }
 }
@@ -165,7 +170,7 @@ impl Region {
         Place { region: self.index, base: self.info().map_or(0, |info| info.offset), offset }
     }
 
-    pub(super) fn mapped(&self) -> Result<&[MappedArea]> {
+    pub(crate) fn mapped(&self) -> Result<&[MappedArea]> {
         self.device.regions.get(self.index as usize).map_or(Ok(&[]), |state| state.map(self.index, &self.device.gate))
     }
 
@@ -182,6 +187,21 @@ impl Region {
     /// `VFIO_REGION_INFO_FLAG_*`: READ 1, WRITE 2, MMAP 4, CAPS 8.
     pub fn flags(&self) -> u32 {
         self.info().map_or(0, |info| info.flags)
+    }
+
+    /// Type and subtype of a region that only some devices have; bit 31 of the type: the low half is a PCI vendor.
+    pub fn kind(&self) -> Option<(u32, u32)> {
+        self.info()?.type_
+    }
+
+    /// The highest version of its interface that a fault queue offers; `None` of other regions.
+    pub fn fault_version(&self) -> Option<u32> {
+        self.info()?.fault_version
+    }
+
+    /// The version of a queue of answers to page requests; `None` of other regions.
+    pub fn response_version(&self) -> Option<u32> {
+        self.info()?.response_version
     }
 
     /// What of it may be mapped.

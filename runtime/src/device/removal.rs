@@ -31,6 +31,12 @@ impl Device {
         // It ends early only with the reactor, and all its devices.
         let _ = closing.await;
     }
+
+    /// Whether the device is closed, by [`Device::close`] or since it was asked back, and was stopped by that: it does no DMA any
+    /// more, whatever it was told to do, and what it was given can be freed. Not known of the device behind a server that is gone.
+    pub fn is_stopped(&self) -> bool {
+        self.inner.board.is_stopped()
+    }
 }
 
 impl Inner {
@@ -55,13 +61,16 @@ pub(super) async fn give_up(device: Rc<Inner>, cause: Error) {
         Transport::Group(attached) | Transport::Cdev(attached) => {
             let config = device.regions.get(index::CONFIG as usize).map(|region| region.info.offset);
             let (fd, gate, reset) = (attached.device().clone(), device.gate.clone(), device.info.reset);
-            unblock(move || {
+            let stopped = unblock(move || {
                 // Nobody accesses the device any more, and then it is made to stop.
                 gate.end(cause);
                 gate.close_for_good();
-                stop(&fd, config, reset);
+                stop(&fd, config, reset)
             })
             .await;
+            if stopped {
+                device.board.set_stopped();
+            }
             let seat = device.seat.take();
             if let Some(Seat::Kernel(seat)) = &seat
                 && seat.is_last()
@@ -70,8 +79,12 @@ pub(super) async fn give_up(device: Rc<Inner>, cause: Error) {
                 tracing::warn!(device = %device.address, "memory is not unmapped yet; closing the device does that");
             }
             let fd = attached.device().clone();
-            if let Err(error) = unblock(move || fd.retire()).await {
-                tracing::warn!(device = %device.address, %error, "the device stays open until its last handle is dropped");
+            match unblock(move || fd.retire()).await {
+                // The kernel has stopped it.
+                Ok(()) => device.board.set_stopped(),
+                Err(error) => {
+                    tracing::warn!(device = %device.address, %error, "the device stays open until its last handle is dropped");
+                }
             }
             if let Some(Seat::Kernel(seat)) = seat {
                 seat.leave().await;
@@ -81,9 +94,9 @@ pub(super) async fn give_up(device: Rc<Inner>, cause: Error) {
     device.board.set_closed();
 }
 
-/// Ends the device's DMA: its bus mastering is switched off, or else it is reset. What can't be stopped is still kept from memory by
-/// the IOMMU.
-fn stop(device: &DeviceFd, config: Option<u64>, reset: bool) {
+/// Ends the device's DMA: its bus mastering is switched off, or else it is reset. Whether that is confirmed; what can't be stopped is
+/// still kept from memory by the IOMMU.
+fn stop(device: &DeviceFd, config: Option<u64>, reset: bool) -> bool {
     let switch_off = |at: u64| {
         let mut command = [0; 2];
         device.read_at(at, &mut command)?;
@@ -97,10 +110,11 @@ fn stop(device: &DeviceFd, config: Option<u64>, reset: bool) {
     };
     let stopped = config.map(|config| switch_off(config + pci::offset::COMMAND));
     if let Some(Ok(())) = stopped {
-        return;
+        return true;
     }
     let result = if reset { device.reset() } else { Err(Error::Unsupported { what: "a reset".into() }) };
-    if let Err(error) = result {
+    if let Err(error) = &result {
         tracing::warn!(%error, "a device that is closed could not be stopped before; is it unplugged?");
     }
+    result.is_ok()
 }

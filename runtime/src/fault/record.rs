@@ -1,5 +1,7 @@
 //! What a fault is, whatever queue it came by.
 
+use std::fmt;
+
 use bitflags::bitflags;
 
 bitflags! {
@@ -40,6 +42,57 @@ pub enum Reason {
     AddressOutOfRange,
     /// One that is newer than this library.
     Other(u32),
+}
+
+impl Reason {
+    /// By its number.
+    pub fn from_code(code: u32) -> Self {
+        match code {
+            0 => Self::Unknown,
+            1 => Self::PasidFetch,
+            2 => Self::BadPasidEntry,
+            3 => Self::PasidInvalid,
+            4 => Self::WalkAbort,
+            5 => Self::PteFetch,
+            6 => Self::Permission,
+            7 => Self::Access,
+            8 => Self::AddressOutOfRange,
+            other => Self::Other(other),
+        }
+    }
+
+    /// Its number.
+    pub fn code(self) -> u32 {
+        match self {
+            Self::Unknown => 0,
+            Self::PasidFetch => 1,
+            Self::BadPasidEntry => 2,
+            Self::PasidInvalid => 3,
+            Self::WalkAbort => 4,
+            Self::PteFetch => 5,
+            Self::Permission => 6,
+            Self::Access => 7,
+            Self::AddressOutOfRange => 8,
+            Self::Other(code) => code,
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unknown => "for a reason that is not known",
+            Self::PasidFetch => "the PASID table can't be read",
+            Self::BadPasidEntry => "the PASID's entry is wrong",
+            Self::PasidInvalid => "the PASID is not valid",
+            Self::WalkAbort => "the table walk was aborted",
+            Self::PteFetch => "nothing is mapped there",
+            Self::Permission => "the mapping does not permit it",
+            Self::Access => "an access flag fault",
+            Self::AddressOutOfRange => "the address is out of range",
+            Self::Other(code) => return write!(f, "reason {code}"),
+        })
+    }
 }
 
 /// An access that failed. It can't be answered.
@@ -123,4 +176,15 @@ pub enum Answer {
     Invalid,
     /// The whole device can't be served. An iommufd queue can't say so and refuses it.
     Failure,
+}
+
+impl Answer {
+    /// Its number (`enum iommu_page_response_code`; of an iommufd queue the first two are the same).
+    pub fn code(self) -> u32 {
+        match self {
+            Self::Success => 0,
+            Self::Invalid => 1,
+            Self::Failure => 2,
+        }
+    }
 }

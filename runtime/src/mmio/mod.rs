@@ -10,6 +10,10 @@
 //! after somebody has truncated the file. An access of this crate survives that: a load gives all ones, a store is skipped, and
 //! the mapping counts it ([`Faults`]). The next access may succeed: the mapping heals by itself.
 //!
+//! While this process resets a device or changes its power, the same is so by intent: the memory of its mappings is taken away first,
+//! since an access would sleep in the kernel for as long as that takes, and given back in the same place afterwards.
+//! [`Device::state`](crate::device::Device::state) says what goes on.
+//!
 //! - [`Register::read`] and [`Register::write`] cost what a volatile access costs, and say nothing.
 //! - [`Register::try_read`] costs a compare and a branch more and gives [`MmioUnavailable`]. [`Register::try_write`] is for places
 //!   that are not hot.
@@ -114,8 +118,8 @@ fn dma_read_barrier() {
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
 }
 
-/// A register of a mapped BAR. It keeps the mapping alive, not the device: after the device is gone, writes go nowhere and reads
-/// give what was left there.
+/// A register of a mapped BAR. It keeps the mapping alive, not the device. While the device is reset, and after it is
+/// [gone](crate::device::State::Gone), the mapping has no memory: writes go nowhere, and reads give all ones.
 pub struct Register<T> {
     at: NonNull<T>,
     memory: Arc<SharedMemory>,

@@ -64,6 +64,14 @@ fn now(device: &Device) -> (State, u64) {
     (device.state(), device.generation())
 }
 
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Accesses by the mapping from four threads, and by messages, during resets: each is right or refused.
 #[test]
 fn resets_under_load() {
@@ -74,6 +82,8 @@ fn resets_under_load() {
     let stop = AtomicBool::new(false);
     let (right, missing, refused) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
+        // Also when this panics.
+        let stopping = Stop(&stop);
         run(async {
             let device = open(&fake).await;
             let bar = device.bar(2).unwrap();
@@ -119,7 +129,7 @@ fn resets_under_load() {
             for generation in 1..=50 {
                 let before = right.load(Ordering::Relaxed);
                 while right.load(Ordering::Relaxed) < before + 4 {
-                    yield_now().await;
+                    sleep(Duration::from_micros(100)).await;
                 }
                 device.reset().await.unwrap();
                 assert_eq!((now(&device), device.confirmed_generation()), ((State::Live, generation), generation));
@@ -129,8 +139,8 @@ fn resets_under_load() {
             let (read, unavailable) = reader.await.unwrap();
             assert!(read > 0);
             refused.store(unavailable, Ordering::Relaxed);
-            stop.store(true, Ordering::Relaxed);
         });
+        drop(stopping);
     });
     println!("{right:?} right, {missing:?} without memory, {refused:?} messages refused");
     assert!(missing.into_inner() > 0 && refused.into_inner() > 0);

@@ -224,13 +224,12 @@ impl Gate {
     /// Goes in, if that is possible now; out when what is given is dropped.
     #[inline]
     pub(crate) fn enter(&self, access: Access) -> Result<Inside<'_>> {
-        let word = self.word.fetch_add(ONE, Ordering::SeqCst);
-        let inside = Inside(self);
-        if word & access.refused_for() != 0 {
-            drop(inside);
-            return Err(self.refusal(word));
+        // Those that are refused are never counted: who waits for those inside must not wait for them as well.
+        let go = |word: u64| (word & access.refused_for() == 0).then_some(word + ONE);
+        match self.word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, go) {
+            Ok(_) => Ok(Inside(self)),
+            Err(word) => Err(self.refusal(word)),
         }
-        Ok(inside)
     }
 
     /// Why an access is refused.

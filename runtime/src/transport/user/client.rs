@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    device::gate::Gate,
+    device::{Irq, gate::Gate},
     dma::AddressSpace,
     reactor::{self, JoinHandle, sleep},
 };
@@ -175,10 +175,12 @@ impl Connection {
     /// # Errors
     /// See [`Connection::device_info`].
     pub async fn irq_info(&self, index: u32) -> Result<IrqInfo> {
-        let size = size_of::<wire::IrqInfo>();
-        let info = wire::IrqInfo { argsz: (size as u32).into(), index: index.into(), ..Default::default() };
-        let bytes = protocol::message(command::DEVICE_GET_IRQ_INFO, &info, &[]);
-        let reply = self.request(bytes, Vec::new(), Expect::exactly(command::DEVICE_GET_IRQ_INFO, size)).await?;
+        let (number, size) = (command::DEVICE_GET_IRQ_INFO, size_of::<wire::IrqInfo>());
+        // Capabilities are asked for only where there may be some: servers may not expect it elsewhere.
+        let argsz = if index < Irq::COUNT { size as u32 } else { protocol::IRQ_INFO_ARGSZ };
+        let info = wire::IrqInfo { argsz: argsz.into(), index: index.into(), ..Default::default() };
+        let bytes = protocol::message(number, &info, &[]);
+        let reply = self.request(bytes, Vec::new(), Expect::between(number, size, argsz as usize, 0)).await?;
         self.link.checked(protocol::parse_irq_info(&reply.payload, index))
     }
 

@@ -260,6 +260,10 @@ pub struct RegionInfo {
     pub type_: Option<(u32, u32)>,
     /// Whether the areas may hold the MSI-X table. Interrupts are still set up by commands, not by writes to it.
     pub msix_mappable: bool,
+    /// The highest version of the fault queue that the region is, by [`wire::CAP_FAULT`].
+    pub fault_version: Option<u32>,
+    /// The version of the queue of answers that the region is, by [`wire::CAP_FAULT_RESPONSE`].
+    pub response_version: Option<u32>,
 }
 
 /// `VFIO_REGION_INFO_FLAG_MMAP`.
@@ -299,6 +303,7 @@ pub fn parse_region_info(payload: &[u8], index: u32, argsz: u32, page: u64) -> R
         areas.push(Area { offset: 0, size });
     }
     let (mut type_, mut msix_mappable) = (None, false);
+    let (mut fault_version, mut response_version) = (None, None);
     let first = if flags & REGION_FLAG_CAPS == 0 { 0 } else { info.cap_offset.get() };
     let chain = wire::capabilities(payload, size_of::<wire::RegionInfo>(), first).map_err(|e| fault(e.to_string()))?;
     for (header, body) in chain {
@@ -313,10 +318,19 @@ pub fn parse_region_info(payload: &[u8], index: u32, argsz: u32, page: u64) -> R
                 type_ = Some((region.kind.get(), region.subtype.get()));
             }
             wire::CAP_MSIX_MAPPABLE => msix_mappable = true,
+            // These were never merged: a kernel may come to mean something else by their numbers.
+            wire::CAP_FAULT => fault_version = version(body),
+            wire::CAP_FAULT_RESPONSE => response_version = version(body),
             _ => {}
         }
     }
-    Ok(RegionReply::Complete(RegionInfo { flags, size, offset, areas, type_, msix_mappable }))
+    let info = RegionInfo { flags, size, offset, areas, type_, msix_mappable, fault_version, response_version };
+    Ok(RegionReply::Complete(info))
+}
+
+/// A capability that is a number.
+fn version(body: &[u8]) -> Option<u32> {
+    body.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))
 }
 
 fn check_areas(sparse: &[SparseArea], region: u64, base: u64, page: u64) -> Result<Vec<Area>, String> {
@@ -350,10 +364,16 @@ pub struct IrqInfo {
     pub flags: u32,
     /// Number of vectors; 0 = the device has none of this index.
     pub count: u32,
+    /// Type and subtype of an index that only some devices have.
+    pub type_: Option<(u32, u32)>,
 }
 
 /// `VFIO_IRQ_INFO_NORESIZE`.
 const IRQ_FLAG_NORESIZE: u32 = 8;
+/// `VFIO_IRQ_INFO_FLAG_CAPS` of the nested series.
+pub const IRQ_FLAG_CAPS: u32 = 1 << 4;
+/// `argsz` of DEVICE_GET_IRQ_INFO for an index that only some devices have.
+pub const IRQ_INFO_ARGSZ: u32 = 256;
 
 impl IrqInfo {
     /// Whether vectors may be added while others of the index are in use. Elsewhere all of them are disabled first, and then
@@ -366,13 +386,26 @@ impl IrqInfo {
 /// Reads the reply to DEVICE_GET_IRQ_INFO for `index`.
 ///
 /// # Errors
-/// [`Error::DeviceFault`] when it describes another index.
+/// [`Error::DeviceFault`] when it describes another index, or for a broken capability chain.
 pub fn parse_irq_info(payload: &[u8], index: u32) -> Result<IrqInfo> {
     let (info, _) = read::<wire::IrqInfo>(payload, command::DEVICE_GET_IRQ_INFO)?;
     if info.index.get() != index {
         return Err(Error::fault(format!("the reply for interrupt index {index} describes {}", info.index.get())));
     }
-    Ok(IrqInfo { flags: info.flags.get(), count: info.count.get() })
+    let (flags, count) = (info.flags.get(), info.count.get());
+    let mut type_ = None;
+    if flags & IRQ_FLAG_CAPS != 0
+        && let Ok((extended, _)) = wire::ExtendedIrqInfo::read_from_prefix(payload)
+    {
+        let fixed = size_of::<wire::ExtendedIrqInfo>();
+        let fault = |what: String| Error::fault(format!("interrupt index {index}: {what}"));
+        let chain = wire::capabilities(payload, fixed, extended.cap_offset.get()).map_err(|e| fault(e.to_string()))?;
+        for (_, body) in chain.iter().filter(|(header, _)| header.id.get() == wire::CAP_IRQ_TYPE) {
+            let (kind, _) = wire::RegionType::read_from_prefix(body).map_err(|_| fault("its type is cut off".into()))?;
+            type_ = Some((kind.kind.get(), kind.subtype.get()));
+        }
+    }
+    Ok(IrqInfo { flags, count, type_ })
 }
 
 /// Checks that the reply to REGION_READ or REGION_WRITE echoes its request, and gives the data.

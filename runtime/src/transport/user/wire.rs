@@ -300,6 +300,15 @@ wire_struct! {
     }
 }
 wire_struct! {
+    /// DEVICE_GET_IRQ_INFO of an index with capabilities, before these.
+    ExtendedIrqInfo [20] {
+        /// What all indices have.
+        info: IrqInfo,
+        /// Offset of the first capability from the start of this structure, 0 = none.
+        cap_offset: U32,
+    }
+}
+wire_struct! {
     /// DEVICE_SET_IRQS, before BOOL data; eventfds are descriptors of the message.
     SetIrqs [20] {
         /// Size of this structure and its data.
@@ -354,6 +363,14 @@ pub const CAP_SPARSE_MMAP: u16 = 1;
 pub const CAP_TYPE: u16 = 2;
 /// Region capability: the MSI-X table may be mapped with the rest.
 pub const CAP_MSIX_MAPPABLE: u16 = 3;
+/// Capability of an interrupt index: type and subtype of one that only some devices have (`VFIO_IRQ_INFO_CAP_TYPE` of the nested
+/// series). Its body is a [`RegionType`].
+pub const CAP_IRQ_TYPE: u16 = 3;
+/// Region capability: a fault queue, with the highest version of its interface (`VFIO_REGION_INFO_CAP_PRODUCER_FAULT` and
+/// `_DMA_FAULT` of the nested series).
+pub const CAP_FAULT: u16 = 6;
+/// Region capability: the queue of answers to page requests, with its version (`VFIO_REGION_INFO_CAP_DMA_FAULT_RESPONSE`).
+pub const CAP_FAULT_RESPONSE: u16 = 7;
 
 /// The JSON of VERSION.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -51,9 +51,46 @@ fn type_and_msix_capabilities() {
 }
 
 #[test]
+fn versions_of_fault_queues() {
+    let mut payload = region(15, 0x4000, 0, &[(0, 0x1000)]);
+    payload[36..40].copy_from_slice(&64u32.to_le_bytes());
+    payload.extend(CapHeader { id: wire::CAP_FAULT.into(), version: 1.into(), next: 80.into() }.as_bytes());
+    payload.extend([2u32.to_le_bytes(), [0; 4]].concat());
+    payload.extend(CapHeader { id: wire::CAP_FAULT_RESPONSE.into(), version: 1.into(), next: 0.into() }.as_bytes());
+    let versions = |payload: &[u8]| match parse_region_info(payload, 2, REGION_INFO_ARGSZ, PAGE) {
+        Ok(RegionReply::Complete(info)) => (info.fault_version, info.response_version),
+        other => panic!("{other:?}"),
+    };
+    // One that is cut off is none of ours.
+    assert_eq!(versions(&payload), (Some(2), None));
+    payload.extend(7u32.to_le_bytes());
+    assert_eq!(versions(&payload), (Some(2), Some(7)));
+}
+
+#[test]
+fn an_interrupt_may_have_a_type() {
+    let info = |flags: u32| wire::IrqInfo { argsz: 36.into(), flags: flags.into(), index: 5.into(), count: 1.into() };
+    let mut payload = info(1 | IRQ_FLAG_CAPS).as_bytes().to_vec();
+    // What says that it has capabilities, and has no room for them, has none.
+    assert_eq!(parse_irq_info(&payload, 5).unwrap(), IrqInfo { flags: 0x11, count: 1, type_: None });
+    payload.extend(20u32.to_le_bytes());
+    assert!(parse_irq_info(&payload, 5).is_err(), "beyond the reply");
+    payload.extend(CapHeader { id: wire::CAP_IRQ_TYPE.into(), version: 1.into(), next: 0.into() }.as_bytes());
+    let error = parse_irq_info(&payload, 5).unwrap_err().to_string();
+    assert!(error.contains("interrupt index 5: its type is cut off"), "{error}");
+    payload.extend(wire::RegionType { kind: 1.into(), subtype: 2.into() }.as_bytes());
+    assert_eq!(parse_irq_info(&payload, 5).unwrap().type_, Some((1, 2)));
+    payload[16] = 19;
+    assert!(parse_irq_info(&payload, 5).is_err(), "inside of the structure");
+    assert!(parse_irq_info(&payload, 6).is_err());
+    payload[4] = 1;
+    assert_eq!(parse_irq_info(&payload, 5).unwrap().type_, None);
+}
+
+#[test]
 fn vectors_that_may_be_added() {
-    assert!(IrqInfo { flags: 1, count: 65 }.is_resizable());
-    assert!(!IrqInfo { flags: 9, count: 1 }.is_resizable());
+    assert!(IrqInfo { flags: 1, count: 65, type_: None }.is_resizable());
+    assert!(!IrqInfo { flags: 9, count: 1, type_: None }.is_resizable());
 }
 
 #[test]
