@@ -12,6 +12,8 @@ pub const NVME: &str = "0000:01:00.0";
 pub const NVME2: &str = "0000:02:00.0";
 /// An Intel 82576 network card.
 pub const IGB: &str = "0000:03:00.0";
+/// The first two virtual functions of that card, once it has them.
+pub const IGB_VFS: &str = "0000:03:10.0,0000:03:10.2";
 /// One of two NVMe functions that share a port and a bus reset; with the other it makes an IOMMU group.
 pub const PAIR: &str = "0000:04:00.0";
 /// The other.

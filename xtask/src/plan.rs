@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::{Boot, EDU, IGB, NVME, NVME2, PAIR, PAIR2, PLUG};
+use crate::machine::{Boot, EDU, IGB, IGB_VFS, NVME, NVME2, PAIR, PAIR2, PLUG};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -237,6 +237,13 @@ pub fn steps() -> Vec<Step> {
             .devices(&[NVME])
             .env("VFIO_URING_TEST_NOIOMMU", NVME),
         Step::test("nvme", "vfio-uring-cli", "on_device").devices(&[NVME, NVME2]).each_transport().within(240),
+        // The physical function stays with Linux.
+        Step::test("igb-vf", "vfio-uring-cli", "igb_vf")
+            .each_transport()
+            .env("VFIO_URING_TEST_VFS", IGB_VFS)
+            .before(include_str!("../guest/igb-vf.sh"))
+            .after(include_str!("../guest/igb-vf-after.sh"))
+            .within(240),
         Step::test("revoked", "vfio-uring-cli", "revoked")
             .devices(&[NVME, PLUG])
             .each_transport()

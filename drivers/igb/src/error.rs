@@ -14,6 +14,15 @@ pub enum Error {
     /// The NIC did not do what it must, or not in time.
     #[error("the NIC {0}")]
     Nic(Arc<str>),
+    /// The driver of a virtual function's physical function did not take part as it has to.
+    #[error("the physical function {0}")]
+    Pf(Arc<str>),
+    /// The driver of the physical function refused what a virtual function asked for.
+    #[error("the physical function refused {0}")]
+    Refused(Arc<str>),
+    /// The physical function was reset, or its driver has forgotten this virtual function: its queues are dead.
+    #[error("the physical function was reset, or its driver was: stop the virtual function, and bring it up again")]
+    PfReset,
     /// The NIC was stopped by [`Nic::stop`](crate::Nic::stop), or dropped: bring it up again for new queues.
     #[error("the NIC was stopped: bring it up again")]
     Stopped,
@@ -35,6 +44,14 @@ impl Error {
 
     pub(crate) fn nic(what: impl Into<String>) -> Self {
         Self::Nic(what.into().into())
+    }
+
+    pub(crate) fn pf(what: impl Into<String>) -> Self {
+        Self::Pf(what.into().into())
+    }
+
+    pub(crate) fn refused(what: impl Into<String>) -> Self {
+        Self::Refused(what.into().into())
     }
 }
 

@@ -29,6 +29,43 @@
 //! })
 //! # }
 //! ```
+//!
+//! # Virtual functions (SR-IOV)
+//!
+//! An 82576 can be lent out in parts: the kernel's driver, `igb`, keeps the physical function, and [`Vf`] drives a virtual one, with
+//! the same queues and packets. To have one at `0000:03:10.0`, as root:
+//!
+//! ```text
+//! echo 0 > /sys/bus/pci/devices/0000:03:00.0/sriov_drivers_autoprobe   # else igbvf takes them
+//! echo 1 > /sys/bus/pci/devices/0000:03:00.0/sriov_numvfs
+//! ip link set eth0 vf 0 mac 02:00:00:00:00:01                          # else the driver makes an address up
+//! ip link set eth0 up
+//! vfio-uring bind 0000:03:10.0
+//! ```
+//!
+//! `readlink /sys/bus/pci/devices/0000:03:00.0/virtfn0` tells where the first one is. It needs an IOMMU, as any device; no token,
+//! as the physical function is the kernel's.
+//!
+//! ```no_run
+//! use vfio_uring::{device::Device, reactor::Reactor};
+//! use vfio_uring_igb::{Vf, VfOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! Reactor::new()?.block_on(async {
+//!     let device = Device::open(&"0000:03:10.0".parse()?).await?;
+//!     let (vf, mut seeds) = Vf::new(&device, VfOptions::default()).await?;
+//!     println!("{:02x?} is {}", vf.mac(), vf.link().await?);
+//!     let (mut rx, _tx) = seeds.remove(0).start()?;
+//!     println!("{} bytes", rx.recv().await?.len());
+//!     vf.stop().await?;
+//!     Ok(())
+//! })
+//! # }
+//! ```
+//!
+//! MAC addresses, groups, VLANs and frames of more than 1518 bytes are for the physical function's driver to grant: it may refuse
+//! ([`Error::Refused`]). When its interface goes down, or it is reset, the queues of its virtual functions end with
+//! [`Error::PfReset`]; they are stopped then, and brought up again when the interface is up.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::vec_box, reason = "a buffer's box is the buffer's for its whole life, and moves between lists as one word")]
@@ -42,11 +79,13 @@ mod packet;
 mod pool;
 mod queue;
 mod regs;
+mod rings;
 mod rx;
 mod shared;
 pub mod spec;
 mod statistics;
 mod tx;
+mod vf;
 
 pub use counters::QueueStatistics;
 pub use error::{Error, Result, SendError};
@@ -59,3 +98,4 @@ pub use queue::{Parts, Proof, QueueSeed};
 pub use rx::{RxQueue, RxToken};
 pub use statistics::Statistics;
 pub use tx::{TxQueue, TxToken};
+pub use vf::{Vf, VfOptions, VfStatistics};

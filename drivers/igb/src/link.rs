@@ -88,7 +88,7 @@ impl Watch {
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    async fn look(&self, regs: &Regs) -> Result<()> {
+    pub(crate) async fn look(&self, regs: &Regs) -> Result<()> {
         self.set(LinkState::of(regs.read(STATUS).await?));
         Ok(())
     }

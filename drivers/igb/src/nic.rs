@@ -16,13 +16,14 @@ use vfio_uring::{
 use crate::{
     Error, LinkChanges, LinkState, Options, QueueSeed, QueueStatistics, Result, Rss, Statistics,
     link::{self, Watch},
-    queue::{Parts, Plan, Vector},
+    queue::Parts,
     regs::Regs,
-    shared::{Doorbell, Relay, Shared, State},
+    rings::{PF, Rings},
+    shared::{Relay, Shared, State},
     spec::{
-        self, ADDRESS_VALID, ADDRESSES, CTRL, EEMNGCTL, EIAC, EIAM, EIMC, EIMS, EITR, EITR_SHIFT, GPIE, GPIE_MSIX, ICR, IMC,
-        IMS, IVAR, IVAR_MISC, IVAR_VALID, LSC, MRQC, MTA, QUEUE_STRIDE, RAL, RAL16, RCTL, RETA, RLPML, RSSRK, RX_QUEUES,
-        RXCSUM, STATUS, TCTL, TX_QUEUES, ctrl, dctl, queue, rctl, rxcsum, srrctl, status, tctl,
+        self, ADDRESS_VALID, ADDRESSES, CTRL, EEMNGCTL, EIAC, EIAM, EIMC, EITR, EITR_SHIFT, GPIE, GPIE_MSIX, ICR, IMC, IMS,
+        IVAR, IVAR_MISC, IVAR_VALID, LSC, MRQC, MTA, RAL, RAL16, RCTL, RETA, RLPML, RSSRK, RXCSUM, STATUS, TCTL, ctrl,
+        queue, rctl, rxcsum, status, tctl,
     },
     statistics::Sums,
 };
@@ -31,8 +32,6 @@ use crate::{
 const RESET_PAUSE: Duration = Duration::from_millis(2);
 /// Vectors at the most that queues and the rest share out.
 const ALL_VECTORS: u32 = (1 << 25) - 1;
-/// Registers that each queue pair writes: RDT, TDT, EIMS.
-const DOORBELLS: usize = 3;
 
 /// A NIC that is up. Cloning it is cheap. It belongs to the reactor that its device was opened on.
 ///
@@ -75,39 +74,7 @@ impl Nic {
             Some(_) => device.interrupts(Irq::MsiX, 0, u32::from(options.queues) + 1).await?,
             None => Vec::new(),
         };
-        let relay = Relay::new(DOORBELLS * usize::from(options.queues));
-        let doorbell = |register: u64, index: usize| match regs.0.register::<u32>(register) {
-            Ok(register) => Doorbell::Mapped(register),
-            Err(_) => Doorbell::Relayed(relay.clone(), index),
-        };
-        let (mut seeds, mut relayed) = (Vec::new(), Vec::new());
-        for index in 0..options.queues {
-            let at = DOORBELLS * usize::from(index);
-            let tails = [rx_register(index, queue::TAIL), tx_register(index, queue::TAIL), EIMS];
-            for register in tails {
-                relayed.push(regs.0.posted::<u32>(register)?);
-            }
-            let vector = vectors.get(usize::from(index)).map(|vector| Vector {
-                fd: vector.fd().clone(),
-                enable: doorbell(EIMS, at + 2),
-                bit: 1 << index,
-            });
-            seeds.push(QueueSeed::new(Plan {
-                index,
-                memory: &memory,
-                rx_ring: options.rx_ring,
-                tx_ring: options.tx_ring,
-                buffers: options.buffers,
-                buffer_len: options.buffer_len,
-                // With a VLAN tag, without CRC.
-                max_len: options.max_frame,
-                rx_doorbell: doorbell(tails[0], at),
-                tx_doorbell: doorbell(tails[1], at + 1),
-                vector,
-                shared: shared.clone(),
-                counters: sums.counters().get(usize::from(index)).cloned().unwrap_or_default(),
-            })?);
-        }
+        let Rings { seeds, relay, relayed } = PF.seeds(&regs, &options, &memory, &vectors, &shared, sums.counters())?;
         let mac = address(&regs).await?;
         let mut inner = Inner {
             device: device.clone(),
@@ -124,7 +91,9 @@ impl Nic {
         };
         if let Err(error) = inner.bring_up(&seeds).await {
             // Proven to use no memory, if that can be had; else it is given up.
-            let _ = inner.disable().await;
+            if inner.disable().await.is_ok() {
+                inner.shared.quiesce();
+            }
             return Err(error);
         }
         inner.start_tasks(vectors, relay, relayed);
@@ -304,7 +273,7 @@ impl Inner {
         regs.write(RLPML, (options.max_frame + 4).min(spec::MAX_FRAME) as u32).await?;
         self.write_vectors().await?;
         for seed in seeds {
-            self.enable_queue(seed).await?;
+            PF.enable(regs, seed, options).await?;
         }
         let long = if options.max_frame > 1518 { rctl::LPE } else { 0 };
         let promiscuous = if options.promiscuous { rctl::UPE | rctl::MPE } else { 0 };
@@ -312,34 +281,9 @@ impl Inner {
         regs.write(RCTL, rctl::EN | rctl::BAM | rctl::SECRC | long | promiscuous).await?;
         // Buffers can only be given to a receiver that is on.
         for seed in seeds {
-            regs.write(rx_register(seed.index(), queue::TAIL), u32::from(options.rx_ring) - 1).await?;
+            regs.write(PF.rx(seed.index(), queue::TAIL), u32::from(options.rx_ring) - 1).await?;
         }
         regs.flush().await
-    }
-
-    /// Turns a queue pair on.
-    async fn enable_queue(&self, seed: &QueueSeed) -> Result<()> {
-        let (regs, options) = (&self.regs, &self.options);
-        let (rx, tx) = seed.iovas();
-        let index = seed.index();
-        let drop = if options.flow_control { 0 } else { srrctl::DROP_EN };
-        let srrctl = (options.buffer_len / 1024) as u32 | srrctl::ADVANCED | drop;
-        regs.write(rx_register(index, queue::SRRCTL), srrctl).await?;
-        for (register, iova, entries, thresholds) in [
-            (rx_register as fn(u16, u64) -> u64, rx, options.rx_ring, dctl::RX_THRESHOLDS),
-            (tx_register, tx, options.tx_ring, dctl::TX_THRESHOLDS),
-        ] {
-            regs.write(register(index, queue::BAL), iova as u32).await?;
-            regs.write(register(index, queue::BAH), (iova >> 32) as u32).await?;
-            regs.write(register(index, queue::LEN), u32::from(entries) * 16).await?;
-            regs.write(register(index, queue::HEAD), 0).await?;
-            regs.write(register(index, queue::TAIL), 0).await?;
-            let control = register(index, queue::DCTL);
-            regs.write(control, dctl::ENABLE | thresholds).await?;
-            let on = |value: u32| value & dctl::ENABLE != 0;
-            regs.wait_for(control, options.timeout, "ready (its queue is on)", on).await?;
-        }
-        Ok(())
     }
 
     /// Each queue pair's vector, and one for the rest.
@@ -394,13 +338,7 @@ impl Inner {
         regs.modify(RCTL, |value| value & !rctl::EN).await?;
         regs.modify(TCTL, |value| value & !tctl::EN).await?;
         regs.flush().await?;
-        let off = |value: u32| value & dctl::ENABLE == 0;
-        for index in 0..self.options.queues {
-            for control in [rx_register(index, queue::DCTL), tx_register(index, queue::DCTL)] {
-                regs.write(control, 0).await?;
-                regs.wait_for(control, within, "idle (its queue is off)", off).await?;
-            }
-        }
+        PF.disable(regs, self.options.queues, within).await?;
         reset(regs, within).await?;
         self.device.set_bus_master(false).await?;
         Ok(())
@@ -422,14 +360,6 @@ impl std::fmt::Debug for Nic {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Nic").field("mac", &self.0.mac).field("queues", &self.0.options.queues).finish_non_exhaustive()
     }
-}
-
-fn rx_register(index: u16, register: u64) -> u64 {
-    RX_QUEUES + u64::from(index) * QUEUE_STRIDE + register
-}
-
-fn tx_register(index: u16, register: u64) -> u64 {
-    TX_QUEUES + u64::from(index) * QUEUE_STRIDE + register
 }
 
 /// Masks all interrupts and forgets those that are pending.

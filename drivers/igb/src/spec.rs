@@ -65,6 +65,15 @@ pub const TX_QUEUES: u64 = 0xe000;
 /// Bytes between the registers of two queues.
 pub const QUEUE_STRIDE: u64 = 0x40;
 
+/// Of a virtual function: registers of receive queue 0.
+pub const VF_RX_QUEUES: u64 = 0x2800;
+/// Of a virtual function: registers of transmit queue 0.
+pub const VF_TX_QUEUES: u64 = 0x3800;
+/// Of a virtual function: bytes between the registers of two queues.
+pub const VF_QUEUE_STRIDE: u64 = 0x100;
+/// Queues of each direction that a virtual function has.
+pub const VF_QUEUES: u16 = 2;
+
 /// Queues of each direction.
 pub const QUEUES: u16 = 16;
 /// Receive addresses.
@@ -284,4 +293,61 @@ pub mod tx {
     pub const MACLEN_SHIFT: u32 = 9;
     /// Of a context, first half: VLAN tag.
     pub const VLAN_SHIFT: u32 = 16;
+}
+
+/// The mailbox of a virtual function (Linux's `drivers/net/ethernet/intel/igbvf/mbx.h`).
+pub mod mailbox {
+    /// VFMailbox: who has the buffer, and what happened.
+    pub const CONTROL: u64 = 0x0c40;
+    /// VMBMEM: the buffer.
+    pub const BUFFER: u64 = 0x0800;
+    /// Words of the buffer.
+    pub const WORDS: usize = 16;
+
+    /// A message of ours is in the buffer.
+    pub const REQ: u32 = 1;
+    /// We have read a message of the physical function's.
+    pub const ACK: u32 = 1 << 1;
+    /// We have the buffer.
+    pub const VFU: u32 = 1 << 2;
+    /// The physical function has the buffer.
+    pub const PFU: u32 = 1 << 3;
+    /// A message of the physical function's is in the buffer; reading clears it.
+    pub const PFSTS: u32 = 1 << 4;
+    /// The physical function has read our message; reading clears it.
+    pub const PFACK: u32 = 1 << 5;
+    /// The physical function is being reset.
+    pub const RSTI: u32 = 1 << 6;
+    /// The physical function has been reset; reading clears it.
+    pub const RSTD: u32 = 1 << 7;
+
+    /// Of a message's first word: what it is.
+    pub const TYPE: u32 = 0xffff;
+    /// Of a message's first word: more on what it asks for.
+    pub const INFO_SHIFT: u32 = 16;
+    /// Of a message's first word: still clear to send.
+    pub const CTS: u32 = 1 << 29;
+    /// Of a message's first word: it was refused.
+    pub const MESSAGE_NACK: u32 = 1 << 30;
+    /// Of a message's first word: it was granted.
+    pub const MESSAGE_ACK: u32 = 1 << 31;
+
+    /// This function was reset; the answer has its MAC address.
+    pub const RESET: u32 = 1;
+    /// Sets the MAC address; with [`FILTER_CLEAR`] and [`FILTER_ADD`], more of them.
+    pub const SET_MAC: u32 = 2;
+    /// Info of [`SET_MAC`]: takes all more addresses off.
+    pub const FILTER_CLEAR: u32 = 1;
+    /// Info of [`SET_MAC`]: adds one more.
+    pub const FILTER_ADD: u32 = 2;
+    /// Sets the multicast hashes; info: how many.
+    pub const SET_MULTICAST: u32 = 3;
+    /// Adds a VLAN (info 1) or takes it off (info 0).
+    pub const SET_VLAN: u32 = 4;
+    /// Sets the longest frame.
+    pub const SET_LONGEST: u32 = 5;
+    /// Receives all multicasts (info 2), or the hashes only (info 0).
+    pub const SET_PROMISCUOUS: u32 = 6;
+    /// From the physical function: something has happened.
+    pub const NOTICE: u32 = 0x100;
 }
