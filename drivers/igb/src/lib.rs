@@ -44,6 +44,8 @@ mod queue;
 mod regs;
 mod rx;
 mod shared;
+#[cfg(feature = "smoltcp")]
+pub mod smoltcp;
 pub mod spec;
 mod statistics;
 mod tx;
