@@ -8,11 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{
-    AsyncReadExt, AsyncWriteExt, FutureExt,
-    future::try_join,
-    select_biased,
-};
+use futures::{AsyncReadExt, AsyncWriteExt, FutureExt, future::try_join, select_biased};
 use smoltcp::wire::{IpAddress, IpCidr, IpEndpoint};
 use vfio_uring::{
     device::{Address, Device},

@@ -1,0 +1,167 @@
+//! Counting the instructions of a thread without a performance counter: another process single-steps it.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::FileExt,
+    process::{Child, Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        ptrace,
+        signal::Signal,
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use rustix::{
+    process::{PTracer, getpid, set_ptracer},
+    thread::gettid,
+};
+use vfio_uring::reactor::sleep;
+
+use super::work::PACKETS;
+use crate::{
+    args::NicCount,
+    failure::{Failure, Result, print},
+};
+
+/// Packets that are enough: a few batches.
+const ENOUGH: u64 = 256;
+/// How long a count goes on for more than one batch, and how long all of it may take.
+const LONG: Duration = Duration::from_secs(2);
+const LIMIT: Duration = Duration::from_secs(15);
+/// Steps between looks at the counter of packets.
+const LOOK: u64 = 8;
+/// Between looks whether the count has ended.
+const TICK: Duration = Duration::from_millis(10);
+
+/// What was counted, from the end of a batch to that of another.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stepped {
+    pub instructions: u64,
+    pub packets: u64,
+}
+
+/// Has the calling thread counted while its reactor goes on.
+///
+/// # Errors
+/// Why that is not possible, in words.
+pub async fn of_this_thread() -> Result<Stepped, String> {
+    // Where the kernel restricts tracing to parents (Yama), this permits it; where it does not, it is refused and not needed.
+    let _ = set_ptracer(PTracer::Any);
+    let counted = run().await;
+    let _ = set_ptracer(PTracer::None);
+    counted
+}
+
+async fn run() -> Result<Stepped, String> {
+    let program = std::env::current_exe().map_err(|error| format!("this program's file: {error}"))?;
+    let place = std::ptr::from_ref(&PACKETS).addr();
+    let ids = [getpid(), gettid()].map(|id| id.as_raw_nonzero().to_string());
+    let mut child = Command::new(program)
+        .args(["nic", "count"])
+        .args(ids)
+        .args([place as u64, ENOUGH].map(|number| number.to_string()))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("starting a process that counts: {error}"))?;
+    let ended = wait(&mut child).await;
+    if ended.is_err() {
+        // Its end lets the thread go.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    let done = ended?;
+    let text = |pipe: Option<&mut dyn Read>| {
+        let mut text = String::new();
+        if let Some(pipe) = pipe {
+            let _ = pipe.read_to_string(&mut text);
+        }
+        text
+    };
+    if !done {
+        let said = text(child.stderr.as_mut().map(|pipe| pipe as &mut dyn Read));
+        return Err(said.trim().trim_start_matches("vfio-uring: ").to_string());
+    }
+    let said = text(child.stdout.as_mut().map(|pipe| pipe as &mut dyn Read));
+    let mut numbers = said.split_whitespace().map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(instructions)), Some(Ok(packets))) if packets > 0 => Ok(Stepped { instructions, packets }),
+        _ => Err("the process that counts gave no numbers".into()),
+    }
+}
+
+/// Waits for its end; whether it did what it was to.
+async fn wait(child: &mut Child) -> Result<bool, String> {
+    let start = Instant::now();
+    while start.elapsed() < LIMIT {
+        match child.try_wait() {
+            Ok(Some(status)) => return Ok(status.success()),
+            Ok(None) => sleep(TICK).await,
+            Err(error) => return Err(format!("waiting for the process that counts: {error}")),
+        }
+    }
+    Err(format!("no packets came for {} s while they were counted", LIMIT.as_secs()))
+}
+
+/// The process that counts: prints the instructions, and the packets.
+pub fn count(args: &NicCount) -> Result<ExitCode> {
+    let Stepped { instructions, packets } =
+        step(args).map_err(|error| Failure::new(format!("single-stepping the driver's thread: {error}")))?;
+    print(&format!("{instructions} {packets}\n"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn step(args: &NicCount) -> io::Result<Stepped> {
+    let memory = File::open(format!("/proc/{}/mem", args.process))?;
+    let packets = || {
+        let mut value = [0; 8];
+        memory.read_exact_at(&mut value, args.counter).map(|()| u64::from_ne_bytes(value))
+    };
+    let thread = Pid::from_raw(args.thread);
+    ptrace::seize(thread, ptrace::Options::empty())?;
+    ptrace::interrupt(thread)?;
+    stopped(thread)?;
+    let (start, mut last, mut first, mut signal) = (Instant::now(), packets()?, None, None);
+    for steps in 1.. {
+        ptrace::step(thread, signal.take())?;
+        signal = stopped(thread)?;
+        if steps % LOOK != 0 {
+            continue;
+        }
+        let now = packets()?;
+        if now == last {
+            continue;
+        }
+        last = now;
+        let Some((first_steps, first_packets)) = first else {
+            first = Some((steps, now));
+            continue;
+        };
+        let packets = now.wrapping_sub(first_packets);
+        if packets >= args.packets || start.elapsed() > LONG {
+            ptrace::detach(thread, None)?;
+            return Ok(Stepped { instructions: steps - first_steps, packets });
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}
+
+/// Waits until the thread stands; the signal that it is to get, if that is why.
+fn stopped(thread: Pid) -> io::Result<Option<Signal>> {
+    loop {
+        match waitpid(thread, Some(WaitPidFlag::__WALL)) {
+            Ok(WaitStatus::Stopped(_, Signal::SIGTRAP) | WaitStatus::PtraceEvent(..)) => return Ok(None),
+            Ok(WaitStatus::Stopped(_, signal)) => return Ok(Some(signal)),
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) => return Err(io::ErrorKind::NotFound.into()),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
