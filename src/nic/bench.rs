@@ -32,6 +32,8 @@ const TICK: Duration = Duration::from_millis(50);
 const WARM_UP: Duration = Duration::from_millis(200);
 /// How long a NIC may take to stop that failed.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two interrupts at least.
+const INTERRUPTS: Duration = Duration::from_micros(20);
 /// Bytes of a frame's CRC.
 const CRC: usize = 4;
 
@@ -91,9 +93,18 @@ async fn session(
     interrupted: &Interrupted,
 ) -> Result<Report> {
     let max_frame = usize::from(args.size).max(1518);
-    let options = Options { queues: args.queues, max_frame, promiscuous: true, ..Options::default() };
-    // A frame in a buffer.
-    let options = Options { buffer_len: max_frame.next_multiple_of(1024).max(2048), ..options };
+    let options = Options {
+        queues: args.queues,
+        max_frame,
+        // A frame in a buffer.
+        buffer_len: max_frame.next_multiple_of(1024).max(2048),
+        promiscuous: true,
+        // Of use to a driver that sleeps, and for the link; one that has packets to deal with does not ask for any.
+        interrupt: Some(INTERRUPTS),
+        // A generator waits for buffers, so that it is the driver that is measured.
+        flow_control: !software.is_empty(),
+        ..Options::default()
+    };
     let mut ports: Vec<Port> = Vec::new();
     for address in addresses {
         // What one receives the other sends: the same memory.

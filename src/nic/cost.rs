@@ -44,6 +44,15 @@ fn cpu_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
+/// Why there are none, in words where the system's mislead.
+fn reason(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::Unsupported => "this machine shows none".into(),
+        std::io::ErrorKind::PermissionDenied => "not permitted, see /proc/sys/kernel/perf_event_paranoid".into(),
+        _ => error.to_string(),
+    }
+}
+
 impl Meter {
     pub fn start() -> Self {
         let counter = |event: Hardware| {
@@ -53,7 +62,7 @@ impl Meter {
         };
         let counters = counter(Hardware::INSTRUCTIONS)
             .and_then(|instructions| Ok([instructions, counter(Hardware::CPU_CYCLES)?]))
-            .map_err(|error| format!("no performance counters: {error}"));
+            .map_err(|error: std::io::Error| format!("no performance counters: {}", reason(&error)));
         Self { cpu_ns: cpu_ns(), counters }
     }
 
@@ -86,8 +95,8 @@ impl Counted {
 async fn stepped(why: &str) -> Figure {
     match steps::of_this_thread().await {
         Ok(stepped) => Figure {
-            per_packet: Some(stepped.instructions as f64 / stepped.packets as f64),
-            by: format!("single steps through {} packets, user space ({why})", stepped.packets),
+            per_packet: Some(stepped.instructions),
+            by: format!("single steps through {} packets, user space, median of batches ({why})", stepped.packets),
         },
         Err(error) => Figure { per_packet: None, by: format!("{why}; {error}") },
     }

@@ -30,19 +30,20 @@ use crate::{
 };
 
 /// Packets that are enough: a few batches.
-const ENOUGH: u64 = 256;
-/// How long a count goes on for more than one batch, and how long all of it may take.
-const LONG: Duration = Duration::from_secs(2);
+const ENOUGH: u64 = 512;
+/// How long a count goes on for if there are few packets, and how long all of it may take.
+const LONG: Duration = Duration::from_secs(3);
 const LIMIT: Duration = Duration::from_secs(15);
 /// Steps between looks at the counter of packets.
 const LOOK: u64 = 8;
-/// Between looks whether the count has ended.
-const TICK: Duration = Duration::from_millis(10);
+/// Between looks whether the count has ended, each of which is counted, too.
+const TICK: Duration = Duration::from_millis(500);
 
-/// What was counted, from the end of a batch to that of another.
+/// What was counted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Stepped {
-    pub instructions: u64,
+    /// A packet, in the median batch: what the reactor does now and then beside is in few of them.
+    pub instructions: f64,
     pub packets: u64,
 }
 
@@ -90,11 +91,10 @@ async fn run() -> Result<Stepped, String> {
         return Err(said.trim().trim_start_matches("vfio-uring: ").to_string());
     }
     let said = text(child.stdout.as_mut().map(|pipe| pipe as &mut dyn Read));
-    let mut numbers = said.split_whitespace().map(str::parse);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(instructions)), Some(Ok(packets))) if packets > 0 => Ok(Stepped { instructions, packets }),
-        _ => Err("the process that counts gave no numbers".into()),
-    }
+    let numbers = said.trim().split_once(' ');
+    let parsed = numbers.and_then(|(instructions, packets)| Some((instructions.parse().ok()?, packets.parse().ok()?)));
+    let (instructions, packets) = parsed.ok_or("the process that counts gave no numbers")?;
+    Ok(Stepped { instructions, packets })
 }
 
 /// Waits for its end; whether it did what it was to.
@@ -128,7 +128,9 @@ fn step(args: &NicCount) -> io::Result<Stepped> {
     ptrace::seize(thread, ptrace::Options::empty())?;
     ptrace::interrupt(thread)?;
     stopped(thread)?;
-    let (start, mut last, mut first, mut signal) = (Instant::now(), packets()?, None, None);
+    let (start, mut last, mut signal) = (Instant::now(), packets()?, None);
+    // Steps at the end of the last batch, packets since the first, and each batch's cost.
+    let (mut since, mut counted, mut batches): (Option<u64>, u64, Vec<f64>) = (None, 0, Vec::new());
     for steps in 1.. {
         ptrace::step(thread, signal.take())?;
         signal = stopped(thread)?;
@@ -136,21 +138,21 @@ fn step(args: &NicCount) -> io::Result<Stepped> {
             continue;
         }
         let now = packets()?;
-        if now == last {
+        let batch = now.wrapping_sub(std::mem::replace(&mut last, now));
+        if batch == 0 {
             continue;
         }
-        last = now;
-        let Some((first_steps, first_packets)) = first else {
-            first = Some((steps, now));
-            continue;
-        };
-        let packets = now.wrapping_sub(first_packets);
-        if packets >= args.packets || start.elapsed() > LONG {
-            ptrace::detach(thread, None)?;
-            return Ok(Stepped { instructions: steps - first_steps, packets });
+        if let Some(since) = since.replace(steps) {
+            batches.push((steps - since) as f64 / batch as f64);
+            counted += batch;
+        }
+        if counted >= args.packets || (counted > 0 && start.elapsed() > LONG) {
+            break;
         }
     }
-    Err(io::ErrorKind::TimedOut.into())
+    ptrace::detach(thread, signal)?;
+    batches.sort_by(f64::total_cmp);
+    Ok(Stepped { instructions: batches.get(batches.len() / 2).copied().unwrap_or_default(), packets: counted })
 }
 
 /// Waits until the thread stands; the signal that it is to get, if that is why.
