@@ -1,6 +1,6 @@
 //! `vfio-uring nic info`.
 
-use std::{fmt::Write, process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, fmt::Write, process::ExitCode, time::Duration};
 
 use serde::Serialize;
 use vfio_uring::{
@@ -44,7 +44,7 @@ struct Description {
     max_frame: usize,
     mac_filters: usize,
     features: [&'static str; 9],
-    statistics: Vec<(&'static str, u64)>,
+    statistics: BTreeMap<&'static str, u64>,
 }
 
 #[derive(Serialize)]
@@ -90,8 +90,8 @@ async fn describe(address: &Address, embedded: bool) -> Result<Description> {
     Ok(description)
 }
 
-fn statistics(all: &Statistics) -> Vec<(&'static str, u64)> {
-    vec![
+fn statistics(all: &Statistics) -> BTreeMap<&'static str, u64> {
+    BTreeMap::from([
         ("rx_packets", all.rx_packets),
         ("rx_bytes", all.rx_bytes),
         ("rx_broadcast", all.rx_broadcast),
@@ -106,7 +106,7 @@ fn statistics(all: &Statistics) -> Vec<(&'static str, u64)> {
         ("tx_packets", all.tx_packets),
         ("tx_bytes", all.tx_bytes),
         ("tx_tso", all.tx_tso),
-    ]
+    ])
 }
 
 impl Description {
