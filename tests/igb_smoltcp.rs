@@ -86,6 +86,8 @@ async fn exchange(stream: impl futures::AsyncRead + futures::AsyncWrite, len: us
     };
     let ((), got) = futures::join!(sending, receiving);
     assert_eq!(got, len);
+    // The last acknowledgement is on its way, and nobody waits for it.
+    sleep(Duration::from_millis(500)).await;
 }
 
 /// Transfers `len` bytes both ways at once; what the NICs lost.

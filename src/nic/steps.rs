@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::unix::fs::FileExt,
+    os::unix::{fs::FileExt, process::CommandExt},
     process::{Child, Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
@@ -31,9 +31,11 @@ use crate::{
 
 /// Packets that are enough: a few batches.
 const ENOUGH: u64 = 512;
-/// How long a count goes on for if there are few packets, and how long all of it may take.
+/// How long a count goes on if it takes long, and how long if there are no packets at all.
 const LONG: Duration = Duration::from_secs(3);
 const LIMIT: Duration = Duration::from_secs(15);
+/// How long the process that counts may take for all: it ends by itself. To kill it would leave the thread with its trap set.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Steps between looks at the counter of packets.
 const LOOK: u64 = 8;
 /// Between looks whether the count has ended, each of which is counted, too.
@@ -70,15 +72,11 @@ async fn run() -> Result<Stepped, String> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        // Ctrl-C is for this process.
+        .process_group(0)
         .spawn()
         .map_err(|error| format!("starting a process that counts: {error}"))?;
-    let ended = wait(&mut child).await;
-    if ended.is_err() {
-        // Its end lets the thread go.
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-    let done = ended?;
+    let done = wait(&mut child).await?;
     let text = |pipe: Option<&mut dyn Read>| {
         let mut text = String::new();
         if let Some(pipe) = pipe {
@@ -100,14 +98,14 @@ async fn run() -> Result<Stepped, String> {
 /// Waits for its end; whether it did what it was to.
 async fn wait(child: &mut Child) -> Result<bool, String> {
     let start = Instant::now();
-    while start.elapsed() < LIMIT {
+    while start.elapsed() < PATIENCE {
         match child.try_wait() {
             Ok(Some(status)) => return Ok(status.success()),
             Ok(None) => sleep(TICK).await,
             Err(error) => return Err(format!("waiting for the process that counts: {error}")),
         }
     }
-    Err(format!("no packets came for {} s while they were counted", LIMIT.as_secs()))
+    Err(format!("the process that counts has not ended after {} s", PATIENCE.as_secs()))
 }
 
 /// The process that counts: prints the instructions, and the packets.
@@ -128,14 +126,31 @@ fn step(args: &NicCount) -> io::Result<Stepped> {
     ptrace::seize(thread, ptrace::Options::empty())?;
     ptrace::interrupt(thread)?;
     stopped(thread)?;
-    let (start, mut last, mut signal) = (Instant::now(), packets()?, None);
+    let mut signal = None;
+    let counted = batches(thread, &mut signal, args.packets, packets);
+    // Whatever happened, it goes on without a trap.
+    ptrace::detach(thread, signal)?;
+    counted
+}
+
+/// Steps the thread, which stands, through batches that have so many `wanted` packets.
+fn batches(
+    thread: Pid,
+    signal: &mut Option<Signal>,
+    wanted: u64,
+    packets: impl Fn() -> io::Result<u64>,
+) -> io::Result<Stepped> {
+    let (start, mut last) = (Instant::now(), packets()?);
     // Steps at the end of the last batch, packets since the first, and each batch's cost.
     let (mut since, mut counted, mut batches): (Option<u64>, u64, Vec<f64>) = (None, 0, Vec::new());
     for steps in 1.. {
         ptrace::step(thread, signal.take())?;
-        signal = stopped(thread)?;
+        *signal = stopped(thread)?;
         if steps % LOOK != 0 {
             continue;
+        }
+        if start.elapsed() > LIMIT {
+            break;
         }
         let now = packets()?;
         let batch = now.wrapping_sub(std::mem::replace(&mut last, now));
@@ -146,13 +161,15 @@ fn step(args: &NicCount) -> io::Result<Stepped> {
             batches.push((steps - since) as f64 / batch as f64);
             counted += batch;
         }
-        if counted >= args.packets || (counted > 0 && start.elapsed() > LONG) {
+        if counted >= wanted || (counted > 0 && start.elapsed() > LONG) {
             break;
         }
     }
-    ptrace::detach(thread, signal)?;
     batches.sort_by(f64::total_cmp);
-    Ok(Stepped { instructions: batches.get(batches.len() / 2).copied().unwrap_or_default(), packets: counted })
+    match batches.get(batches.len() / 2) {
+        Some(&instructions) => Ok(Stepped { instructions, packets: counted }),
+        None => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no two batches came within {} s", LIMIT.as_secs()))),
+    }
 }
 
 /// Waits until the thread stands; the signal that it is to get, if that is why.
