@@ -1,5 +1,6 @@
 //! The command line: what can be said, and what can be refused before a device is opened.
 
+mod nic;
 mod serve;
 
 use std::{path::PathBuf, time::Duration};
@@ -11,7 +12,10 @@ use vfio_uring::{
     reactor::Idle,
 };
 
-pub use self::serve::{FaultsArg, Mac, Model, Serve, ServeEdu, ServeIgb, ServeNvme, WireArg};
+pub use self::{
+    nic::{Nic, NicBench, NicCommand, NicCount, NicInfo, NicMode},
+    serve::{FaultsArg, Mac, Model, Serve, ServeEdu, ServeIgb, ServeNvme, WireArg},
+};
 use crate::failure::{Failure, Result};
 
 /// Most commands that can be outstanding on a queue.
@@ -29,6 +33,7 @@ const EXAMPLES: &str = "\
 Examples:
   vfio-uring bench                                      4 KiB random reads from a software controller
   vfio-uring bench --rw randrw --verify --runtime 2     reads and writes, data compared
+  vfio-uring nic bench --mode forward                   packets from one software NIC to another
   vfio-uring serve nvme --socket /tmp/nvme.sock --size 1g
   vfio-uring serve igb --socket /tmp/nic.sock --wire tap:tap0
   vfio-uring serve edu --socket /tmp/edu.sock --faults single-region
@@ -51,6 +56,8 @@ pub struct Arguments {
 pub enum Command {
     /// Measure I/O per second and latency of an NVMe controller
     Bench(Bench),
+    /// Measure and inspect network adapters
+    Nic(Nic),
     /// Run a software device that vfio-user clients attach to
     Serve(Serve),
     /// Show a device's regions, interrupts, capabilities, and what its controller says of itself

@@ -33,6 +33,12 @@ impl From<vfio_uring_nvme::Error> for Failure {
     }
 }
 
+impl From<vfio_uring_igb::Error> for Failure {
+    fn from(error: vfio_uring_igb::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
 /// Prints on stdout.
 pub fn print(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();

@@ -9,6 +9,7 @@ mod embedded;
 mod failure;
 mod info;
 mod list;
+mod nic;
 mod open;
 mod pin;
 mod reach;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     };
     let result = match arguments.command {
         Command::Bench(bench) => bench::run(&bench),
+        Command::Nic(nic) => nic::run(&nic),
         Command::Serve(serve) => serve::run(&serve),
         Command::Info(info) => info::run(&info),
         Command::List(list) => list::run(&list),
@@ -59,7 +61,7 @@ fn usage(error: &clap::Error) -> ExitCode {
             end(print(&error.render().to_string()).map(|()| ExitCode::SUCCESS))
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => end(Err(Failure::Usage(
-            "what to do? list, bind, unbind, info, bench, serve nvme, serve igb or serve edu; see --help".into(),
+            "what to do? list, bind, unbind, info, bench, nic bench, nic info, serve nvme, serve igb or serve edu; see --help".into(),
         ))),
         _ => end(Err(Failure::Usage(one_line(&error.render().to_string())))),
     }

@@ -7,7 +7,7 @@ use std::{
 
 use vfio_uring::{
     Error,
-    device::{Address, Device},
+    device::{Address, Device, Options},
     reactor::sleep,
 };
 
@@ -20,9 +20,14 @@ const RETRY: Duration = Duration::from_millis(20);
 
 /// Opens the device at `address`.
 pub async fn open(address: &Address) -> Result<Device> {
+    open_with(address, Options::default()).await
+}
+
+/// [`open`], with options.
+pub async fn open_with(address: &Address, options: Options) -> Result<Device> {
     let start = Instant::now();
     loop {
-        match Device::open(address).await {
+        match Device::open_with(address, options.clone()).await {
             Err(Error::Refused { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {
                 if start.elapsed() > HANDOVER {
                     return Err(Failure::Failed(format!("{address} is busy: another client is using it")));

@@ -3,6 +3,7 @@
 mod bench;
 mod edu;
 mod igb;
+mod nic;
 mod pci;
 mod serve;
 mod support;

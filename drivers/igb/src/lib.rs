@@ -82,6 +82,8 @@ mod regs;
 mod rings;
 mod rx;
 mod shared;
+#[cfg(feature = "smoltcp")]
+pub mod smoltcp;
 pub mod spec;
 mod statistics;
 mod tx;

@@ -666,6 +666,14 @@ impl TxToken<'_> {
         self.room.send(packet)
     }
 
+    /// Sends the token's own buffer, as it was left by the user of [`TxToken::packet_mut`].
+    ///
+    /// # Errors
+    /// [`SendError::Invalid`].
+    pub fn commit(self) -> Result<(), SendError> {
+        self.room.send(self.packet)
+    }
+
     /// The buffer, with a length of 0.
     pub fn packet_mut(&mut self) -> &mut Packet {
         &mut self.packet
