@@ -14,6 +14,9 @@ pub enum Error {
     /// The NIC did not do what it must, or not in time.
     #[error("the NIC {0}")]
     Nic(Arc<str>),
+    /// The device was reset, and has forgotten its queues.
+    #[error("the device was reset: bring the NIC up again, with Nic::new on the same device")]
+    Reset,
     /// The NIC was stopped by [`Nic::stop`](crate::Nic::stop), or dropped: bring it up again for new queues.
     #[error("the NIC was stopped: bring it up again")]
     Stopped,

@@ -47,6 +47,7 @@ mod shared;
 pub mod spec;
 mod statistics;
 mod tx;
+mod watch;
 
 pub use counters::QueueStatistics;
 pub use error::{Error, Result, SendError};
