@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::machine::{Boot, EDU, IGB, IGB_VFS, NVME, NVME2, PAIR, PAIR2, PLUG};
+use crate::machine::{Boot, EDU, IGB, IGB_VFS, IGB2, NVME, NVME2, PAIR, PAIR2, PLUG};
 
 /// Which of the kernel's two ways to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -56,6 +56,8 @@ pub enum Binary {
 pub const COMMAND: Binary = Binary::Program { package: "vfio-uring-cli", name: "vfio-uring" };
 /// The tests that run on the software controller as well.
 const ON_DEVICE: Binary = Binary::Test { package: "vfio-uring-cli", name: "on_device" };
+/// The igb driver against Linux's.
+const IGB_ON_DEVICE: Binary = Binary::Test { package: "vfio-uring-cli", name: "igb_on_device" };
 const XTASK: Binary = Binary::Program { package: "xtask", name: "xtask" };
 
 impl Binary {
@@ -256,6 +258,11 @@ pub fn steps() -> Vec<Step> {
             .each_transport()
             .within(240),
         Step::script("exchange", include_str!("../guest/exchange.sh"), &[ON_DEVICE]).each_transport(),
+        Step::script("igb", include_str!("../guest/igb.sh"), &[IGB_ON_DEVICE])
+            .devices(&[IGB2])
+            .env("VFIO_URING_TEST_PEER", IGB)
+            .each_transport()
+            .within(270),
         Step::script("command", include_str!("../guest/command.sh"), &[COMMAND]).within(120),
         Step::script("vfio-user", include_str!("../guest/vfio-user.sh"), &[]).boot(Boot::VfioUser).within(120),
         Step::script("vfio-user-igb", include_str!("../guest/vfio-user-igb.sh"), &[]).boot(Boot::VfioUser).within(180),

@@ -23,6 +23,9 @@ pub enum Error {
     /// The physical function was reset, or its driver has forgotten this virtual function: its queues are dead.
     #[error("the physical function was reset, or its driver was: stop the virtual function, and bring it up again")]
     PfReset,
+    /// The device was reset, and has forgotten its queues.
+    #[error("the device was reset: bring the NIC up again, with Nic::new on the same device")]
+    Reset,
     /// The NIC was stopped by [`Nic::stop`](crate::Nic::stop), or dropped: bring it up again for new queues.
     #[error("the NIC was stopped: bring it up again")]
     Stopped,

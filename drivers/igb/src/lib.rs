@@ -88,6 +88,7 @@ pub mod spec;
 mod statistics;
 mod tx;
 mod vf;
+mod watch;
 
 pub use counters::QueueStatistics;
 pub use error::{Error, Result, SendError};

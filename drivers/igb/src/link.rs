@@ -95,13 +95,10 @@ impl Watch {
 }
 
 /// Keeps the state up to date, by an interrupt and the bit that enables it, or by looking.
-pub(crate) async fn keep(watch: Rc<Watch>, regs: Regs, interrupt: Option<(Interrupt, u32)>) {
-    let ended = match interrupt {
+pub(crate) async fn keep(watch: Rc<Watch>, regs: Regs, interrupt: Option<(Interrupt, u32)>) -> Result<()> {
+    match interrupt {
         Some((interrupt, bit)) => by_interrupt(&watch, &regs, interrupt, bit).await,
         None => by_looks(&watch, &regs).await,
-    };
-    if let Err(error) = ended {
-        watch.end(error);
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{
         queue, rctl, rxcsum, status, tctl,
     },
     statistics::Sums,
+    watch,
 };
 
 /// A reset takes 1 ms; before that, registers must not be read (section 4.2.1.6.1).
@@ -64,6 +65,7 @@ impl Nic {
     pub async fn new(device: &Device, options: Options) -> Result<(Self, Vec<QueueSeed>)> {
         options.check()?;
         let regs = Regs(device.bar(0)?);
+        let outside = watch::Watch::new(device, &regs.0)?;
         device.set_bus_master(true).await?;
         reset(&regs, options.timeout).await?;
         let shared = Shared::new(options.queues.into());
@@ -96,7 +98,7 @@ impl Nic {
             }
             return Err(error);
         }
-        inner.start_tasks(vectors, relay, relayed);
+        inner.start_tasks(outside, vectors, relay, relayed);
         Ok((Self(Rc::new(inner)), seeds))
     }
 
@@ -224,22 +226,22 @@ impl Nic {
     }
 
     /// Stops the NIC in order: its queues end with [`Error::Stopped`], receiving and sending are turned off, and when the NIC has
-    /// confirmed that, all buffers that it had go back.
+    /// confirmed that, all buffers that it had go back. For one whose device was reset nothing is left to do but to wait for its
+    /// queues; one whose device was unavailable is stopped when it is live again, by a clone if that was tried before.
     ///
     /// # Errors
     /// [`Error::Nic`] when it does not confirm in time, or a queue's thread does not let go: memory is given up then, and the
     /// device must not be brought up again before that queue is dropped.
     pub async fn stop(self) -> Result<()> {
         let inner = &*self.0;
-        if inner.shared.state() == State::Quiesced {
-            return Ok(());
-        }
         inner.shared.end(Error::Stopped);
         inner.link.end(Error::Stopped);
         let left = inner.shared.all_left(inner.options.timeout.max(Duration::from_secs(1))).await;
         inner.stopped.set(true);
-        inner.disable().await?;
-        inner.shared.quiesce();
+        if inner.shared.state() != State::Quiesced {
+            inner.disable().await?;
+            inner.shared.quiesce();
+        }
         left.map_err(|queue| {
             Error::nic(format!(
                 "is stopped, but the thread of queue {queue} has not noticed: drop the queue before the device is used again"
@@ -312,22 +314,21 @@ impl Inner {
 
     fn start_tasks(
         &mut self,
+        outside: watch::Watch,
         mut vectors: Vec<Interrupt>,
         relay: Arc<Relay>,
         relayed: Vec<vfio_uring::device::Posted<u32>>,
     ) {
-        let other = vectors.pop().map(|vector| (vector, 1 << self.options.queues));
-        self.tasks.push(spawn(link::keep(self.link.clone(), self.regs.clone(), other)));
         if relayed.iter().any(|register| !register.is_mapped()) {
             self.tasks.push(spawn(relay.run(relayed)));
         }
-        let (device, shared, link) = (self.device.clone(), self.shared.clone(), self.link.clone());
+        let other = vectors.pop().map(|vector| (vector, 1 << self.options.queues));
+        let keep = link::keep(self.link.clone(), self.regs.clone(), other);
+        let watch = outside.run(self.shared.clone(), self.link.clone(), keep);
         self.tasks.push(spawn(async move {
             // The vectors of the queues are theirs as long as the NIC is.
             let _vectors = vectors;
-            let error = Error::from(device.gone().await);
-            link.end(error.clone());
-            shared.end(error);
+            watch.await;
         }));
     }
 
