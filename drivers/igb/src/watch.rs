@@ -47,9 +47,13 @@ impl Watch {
             match self.look() {
                 Look::Well => {}
                 Look::Ended(error) => end(error),
-                Look::Over(error, proven) => {
+                Look::Over(error) => {
                     end(error);
-                    if proven {
+                    if self.device.is_gone().is_some() {
+                        // It is being closed.
+                        self.device.close().await;
+                    }
+                    if self.is_proven() {
                         shared.quiesce();
                     }
                     return;
@@ -66,9 +70,14 @@ impl Watch {
         }
     }
 
+    /// Whether it is proven that the device does nothing any more that it was told to do.
+    fn is_proven(&self) -> bool {
+        self.device.confirmed_generation() > self.generation || self.device.is_stopped()
+    }
+
     fn look(&self) -> Look {
         if let Some(error) = self.device.is_gone() {
-            return Look::Over(error.into(), false);
+            return Look::Over(error.into());
         }
         let state = self.device.state();
         if state == State::Resetting {
@@ -76,10 +85,7 @@ impl Watch {
             return Look::Well;
         }
         if self.device.generation() != self.generation {
-            return match self.device.confirmed_generation() > self.generation {
-                true => Look::Over(Error::Reset, true),
-                false => Look::Ended(Error::Reset),
-            };
+            return if self.is_proven() { Look::Over(Error::Reset) } else { Look::Ended(Error::Reset) };
         }
         if state == State::Unavailable {
             let reason = "its memory was switched off, or it sleeps: stop the NIC when it is live again";
@@ -94,6 +100,6 @@ enum Look {
     Well,
     /// The NIC can't go on.
     Ended(Error),
-    /// Nor can the device; or it is proven not to use the NIC's memory any more.
-    Over(Error, bool),
+    /// Nor can anything more happen: the device is gone, or proven not to use the NIC's memory any more.
+    Over(Error),
 }

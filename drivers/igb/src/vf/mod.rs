@@ -33,6 +33,7 @@ use crate::{
         },
         queue,
     },
+    watch,
 };
 
 /// The reset of a function takes less; before that, registers are left alone.
@@ -47,7 +48,7 @@ const HASHES: usize = (WORDS - 1) * 2;
 /// A virtual function that is up. Cloning it is cheap. It belongs to the reactor that its device was opened on.
 ///
 /// When the physical function is reset (its interface goes down, say) the queues are dead: they and [`Vf::link_changes`] end with
-/// [`Error::PfReset`], and with [`Error::Nic`] when this function alone was reset ([`Device::reset`]). [`Vf::stop`] it then, and
+/// [`Error::PfReset`], and with [`Error::Reset`] when this function alone was reset ([`Device::reset`]). [`Vf::stop`] it then, and
 /// bring it up again.
 ///
 /// [`Vf::stop`] ends it in order. Without that, its queues end when the last clone goes, and memory that it may still use is given
@@ -82,6 +83,7 @@ impl Vf {
     pub async fn new(device: &Device, options: VfOptions) -> Result<(Self, Vec<QueueSeed>)> {
         let common = options.common()?;
         let regs = Regs(device.bar(0)?);
+        let outside = watch::Watch::new(device, &regs.0)?;
         let mailbox = Rc::new(Mailbox::new(regs.clone(), options.timeout));
         reset(&regs, options.timeout).await?;
         mailbox.ready().await?;
@@ -117,7 +119,7 @@ impl Vf {
             }
             return Err(error);
         }
-        inner.start_tasks(vectors, relay, relayed);
+        inner.start_tasks(outside, vectors, relay, relayed);
         Ok((Self(Rc::new(inner)), seeds))
     }
 
@@ -297,28 +299,25 @@ impl Inner {
         regs.write(EIAM, all).await
     }
 
-    fn start_tasks(&mut self, mut vectors: Vec<Interrupt>, relay: Arc<Relay>, relayed: Vec<Posted<u32>>) {
+    fn start_tasks(
+        &mut self,
+        outside: watch::Watch,
+        mut vectors: Vec<Interrupt>,
+        relay: Arc<Relay>,
+        relayed: Vec<Posted<u32>>,
+    ) {
         let other = vectors.pop().map(|vector| (vector, 1 << self.options.queues));
         let (link, shared, sums) = (self.link.clone(), self.shared.clone(), self.sums.clone());
-        let (device, regs, mailbox) = (self.device.clone(), self.regs.clone(), self.mailbox.clone());
+        let (regs, mailbox) = (self.regs.clone(), self.mailbox.clone());
         self.tasks.push(spawn(async move {
-            if let Err(error) = keep(&device, &regs, &mailbox, &link, &sums, other).await {
-                tracing::debug!(%error, "a virtual function ends");
-                link.end(error.clone());
-                shared.end(error);
-            }
+            // The vectors of the queues are theirs as long as the function is.
+            let _vectors = vectors;
+            let keep = keep(&regs, &mailbox, &link, &sums, other);
+            outside.run(shared, link.clone(), keep).await;
         }));
         if relayed.iter().any(|register| !register.is_mapped()) {
             self.tasks.push(spawn(relay.run(relayed)));
         }
-        let (device, shared, link) = (self.device.clone(), self.shared.clone(), self.link.clone());
-        self.tasks.push(spawn(async move {
-            // The vectors of the queues are theirs as long as the function is.
-            let _vectors = vectors;
-            let error = Error::from(device.gone().await);
-            link.end(error.clone());
-            shared.end(error);
-        }));
     }
 
     /// A request that has to be granted.
@@ -382,20 +381,15 @@ async fn reset(regs: &Regs, within: Duration) -> Result<()> {
     rings::VF.disable(regs, VF_QUEUES, within).await
 }
 
-/// Keeps the link's state and the counters up to date, and looks at the mailbox, until either function is reset.
+/// Keeps the link's state and the counters up to date, and looks at the mailbox, until the physical function is reset.
 async fn keep(
-    device: &Device,
     regs: &Regs,
     mailbox: &Mailbox<Regs>,
     link: &Watch,
     sums: &Sums,
     mut interrupt: Option<(Interrupt, u32)>,
 ) -> Result<()> {
-    let generation = device.generation();
     loop {
-        if device.generation() != generation {
-            return Err(Error::nic("was reset: stop it, and bring it up again"));
-        }
         if let Some((_, bit)) = &interrupt {
             regs.write(EIMS, *bit).await?;
         }
