@@ -55,7 +55,8 @@ pub fn run(path: &Path, address: &Address, count: usize) -> Result<(), Failure> 
     let mut file = BufWriter::new(File::create(path).map_err(|error| format!("{}: {error}", path.display()))?);
     Reactor::new()?.block_on(async {
         let device = Device::open(address).await?;
-        let (nic, mut queues) = Nic::new(&device, Options { promiscuous: true, ..Options::default() }).await?;
+        let (nic, mut queues) =
+            Nic::new(&device, Options { promiscuous: true, flow_control: true, ..Options::default() }).await?;
         let (mut rx, tx) = queues.remove(0).start()?;
         let dumped = dump(&mut rx, &mut file, count).await;
         drop((rx, tx));
