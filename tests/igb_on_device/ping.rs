@@ -19,7 +19,8 @@ const US: [u8; 4] = [192, 0, 2, 2];
 const ARP: [u8; 2] = [8, 6];
 const IPV4: [u8; 2] = [8, 0];
 const ICMP: u8 = 1;
-/// Bytes of our buffers. QEMU's card drops what it is to send from one whose pages are not neighbours in physical memory.
+/// Bytes of our buffers. From longer ones QEMU's card does not send some: it says so by its counter alone (GPTC). It has to map the memory
+/// of a descriptor in one piece, and the pages of a buffer need not be neighbours.
 const PAGE: usize = 4096;
 const COUNT: u16 = 50;
 
