@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// All machines together, without the builds before.
-const WHOLE: Duration = Duration::from_secs(9 * 60);
+const WHOLE: Duration = Duration::from_secs(25 * 60);
 
 /// Runs the steps; whether all went well.
 ///
