@@ -15,7 +15,7 @@ use vfio_uring_nvme::{self as driver, Controller, Namespace, Options};
 /// Tasks, each with a block of its own that it writes and reads in turn.
 const TASKS: u64 = 16;
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// The tasks, and how many reads and writes they have done.
 struct Work {
@@ -109,12 +109,16 @@ async fn survive(address: &Address, server: Option<Running>) -> Result<()> {
     Ok(())
 }
 
-fn main() -> Result<()> {
-    let reactor = Reactor::new()?;
-    if let Some(address) = std::env::args().nth(1) {
-        return reactor.block_on(survive(&address.parse()?, None));
-    }
+/// With a software controller in this process.
+pub fn run() -> Result<()> {
     let server = nvme::spawn(Default::default())?;
     let address = server.address().parse()?;
-    reactor.block_on(survive(&address, Some(server)))
+    Reactor::new()?.block_on(survive(&address, Some(server)))
+}
+
+fn main() -> Result<()> {
+    match std::env::args().nth(1) {
+        Some(address) => Reactor::new()?.block_on(survive(&address.parse()?, None)),
+        None => run(),
+    }
 }
