@@ -147,7 +147,7 @@ impl FaultQueue {
     /// Answers a group of page requests.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) when nobody waits for this answer: it is of another queue, or was given before;
+    /// [`Error::Invalid`] when nobody waits for this answer: it is of another queue, or was given before;
     /// else why it could not be given.
     pub async fn respond(&self, group: GroupId, answer: Answer) -> Result<()> {
         match self {
