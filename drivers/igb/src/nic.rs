@@ -239,7 +239,9 @@ impl Nic {
         let left = inner.shared.all_left(inner.options.timeout.max(Duration::from_secs(1))).await;
         inner.stopped.set(true);
         if inner.shared.state() != State::Quiesced {
-            inner.disable().await?;
+            if !watch::is_stopped(&inner.device).await {
+                inner.disable().await?;
+            }
             inner.shared.quiesce();
         }
         left.map_err(|queue| {

@@ -49,11 +49,7 @@ impl Watch {
                 Look::Ended(error) => end(error),
                 Look::Over(error) => {
                     end(error);
-                    if self.device.is_gone().is_some() {
-                        // It is being closed.
-                        self.device.close().await;
-                    }
-                    if self.is_proven() {
+                    if self.is_proven() || is_stopped(&self.device).await {
                         shared.quiesce();
                     }
                     return;
@@ -70,9 +66,9 @@ impl Watch {
         }
     }
 
-    /// Whether it is proven that the device does nothing any more that it was told to do.
+    /// Whether it is proven that the device was reset since: it does nothing any more that it was told to do.
     fn is_proven(&self) -> bool {
-        self.device.confirmed_generation() > self.generation || self.device.is_stopped()
+        self.device.confirmed_generation() > self.generation
     }
 
     fn look(&self) -> Look {
@@ -93,6 +89,15 @@ impl Watch {
         }
         self.lost.take_error().map_or(Look::Well, |error| Look::Ended(error.into()))
     }
+}
+
+/// Whether a device is gone and is proven to have stopped. Waits for it to be closed.
+pub(crate) async fn is_stopped(device: &Device) -> bool {
+    if device.is_gone().is_none() {
+        return false;
+    }
+    device.close().await;
+    device.is_stopped()
 }
 
 /// What became of the device.

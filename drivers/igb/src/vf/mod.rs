@@ -251,7 +251,9 @@ impl Vf {
         inner.link.end(Error::Stopped);
         let left = inner.shared.all_left(inner.options.timeout.max(Duration::from_secs(1))).await;
         inner.stopped.set(true);
-        inner.disable().await?;
+        if !watch::is_stopped(&inner.device).await {
+            inner.disable().await?;
+        }
         inner.shared.quiesce();
         left.map_err(|queue| {
             Error::nic(format!(
