@@ -15,6 +15,7 @@ use vfio_uring_nvme::{self as driver, Controller, Namespace, Options};
 /// Tasks, each with a block of its own that it writes and reads in turn.
 const TASKS: u64 = 16;
 
+/// Whatever goes wrong ends the example.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// The tasks, and how many reads and writes they have done.
