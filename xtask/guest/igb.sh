@@ -43,4 +43,4 @@ there ip link set "$two" down
 there ip link set "$two" netns 1
 ip addr del 192.0.2.1/24 dev "$one"
 ip link set "$one" down
-! dmesg | grep -i 'NETDEV WATCHDOG\|igb.*\(hang\|timeout\)'
+! dmesg | grep -i 'NETDEV WATCHDOG\|igb.*\( hang\|timeout\)'
