@@ -146,7 +146,6 @@ impl TxRing {
         Ok(segments + usize::from(self.context.get() != context(offload)))
     }
 
-    #[inline(never)]
     fn report(&self, at: usize) {
         self.reports.borrow_mut().push_back(at);
     }
@@ -215,65 +214,83 @@ impl TxRing {
         let mut room = self.available();
         let (mut gone, mut sent, mut bytes) = (0, 0, 0);
         let before = room;
-        let (slots, mask) = (&*self.slots, self.mask);
-        let (mut tail, mut last) = (self.tail.get(), self.last.get());
-        for packet in packets.iter_mut() {
-            let Some(node) = packet.0.take() else {
-                gone += 1;
-                continue;
-            };
-            if room == 0 || !self.is_simple(&node) {
-                match self.needs(&node) {
-                    Ok(needed) if needed > room => {
-                        packet.0 = Some(node);
-                        break;
-                    }
-                    Ok(_) => {
-                        self.tail.set(tail);
-                        let (used, len) = self.put(ring, node);
-                        (tail, last) = (self.tail.get(), self.last.get());
-                        room -= used;
-                        bytes += len;
-                        sent += 1;
-                    }
-                    Err(why) => {
-                        tracing::debug!(why, "a packet can't be sent");
-                        self.counters.invalid();
-                        pool::give_chain(Some(node));
-                    }
-                }
-                gone += 1;
+        let mut tail = self.tail.get();
+        while let Some(rest) = packets.get_mut(gone..).filter(|rest| !rest.is_empty()) {
+            // Up to a descriptor that is to be reported, or around the end of the ring.
+            let run = rest.len().min(room).min(REPORT - tail % REPORT).min(self.slots.len() - tail);
+            let done = self.put_run(ring, tail, rest.get_mut(..run).unwrap_or_default(), &mut bytes);
+            (gone, sent, room) = (gone + done, sent + done, room - done);
+            tail = (tail + done) & self.mask;
+            self.tail.set(tail);
+            if done != 0 && tail.is_multiple_of(REPORT) {
+                self.report_last(ring, tail);
+            }
+            if done == run && run != 0 {
                 continue;
             }
-            let (Ok(entry), Some(slot)) = (ring.entry(tail), slots.get(tail)) else {
-                packet.0 = Some(node);
-                break;
-            };
-            bytes += node.len as usize;
-            last = PLAIN | u64::from(node.len) | u64::from(node.len) << tx::PAYLEN_SHIFT;
-            if tail & (REPORT - 1) == REPORT - 1 {
-                last |= tx::RS;
-                self.report(tail);
+            match self.put_aside(ring, packets.get_mut(gone), room) {
+                Some((0, _)) => {}
+                Some((used, len)) => (room, bytes, sent) = (room - used, bytes + len, sent + 1),
+                None => break,
             }
+            tail = self.tail.get();
+            gone += 1;
+        }
+        self.free.set(self.free.get() - (before - room));
+        self.counters.sent(sent as u64, bytes as u64);
+        // Nothing is left in them.
+        packets.drain(..gone).for_each(std::mem::forget);
+        gone
+    }
+
+    /// Writes packets that are as most are into the descriptors from `at` on; how many.
+    #[inline(always)]
+    fn put_run(&self, ring: &DmaRing<[u64; 2]>, at: usize, packets: &mut [Packet], bytes: &mut usize) -> usize {
+        let range = at..at + packets.len();
+        let (Ok(entries), Some(slots)) = (ring.entries(range.clone()), self.slots.get(range)) else { return 0 };
+        let (mut done, mut sum, mut last) = (0, 0, self.last.get());
+        for ((packet, slot), entry) in packets.iter_mut().zip(slots).zip(entries) {
+            let Some(node) = packet.0.as_deref().filter(|node| self.is_simple(node)) else { break };
+            let len = u64::from(node.len);
+            last = PLAIN | len | len << tx::PAYLEN_SHIFT;
             entry.store::<0>(node.iova);
             entry.store::<1>(last);
             // It had none.
-            std::mem::forget(slot.replace(Some(node)));
-            tail = (tail + 1) & mask;
-            room -= 1;
-            sent += 1;
-            gone += 1;
+            std::mem::forget(slot.replace(packet.0.take()));
+            sum += len;
+            done += 1;
         }
         self.last.set(last);
-        self.tail.set(tail);
-        self.free.set(self.free.get() - (before - room));
-        self.counters.sent(sent, bytes as u64);
-        if gone == packets.len() {
-            packets.clear();
-        } else {
-            packets.drain(..gone);
+        *bytes += sum as usize;
+        done
+    }
+
+    /// Sends the next packet, of whatever form. How many descriptors that took, 0 if it is dropped, and bytes; `None`: it has no room.
+    #[cold]
+    fn put_aside(&self, ring: &DmaRing<[u64; 2]>, packet: Option<&mut Packet>, room: usize) -> Option<(usize, usize)> {
+        let packet = packet?;
+        let Some(node) = packet.0.take() else { return Some((0, 0)) };
+        match self.needs(&node) {
+            Ok(needed) if needed > room => {
+                packet.0 = Some(node);
+                None
+            }
+            Ok(_) => Some(self.put(ring, node)),
+            Err(why) => {
+                tracing::debug!(why, "a packet can't be sent");
+                self.counters.invalid();
+                pool::give_chain(Some(node));
+                Some((0, 0))
+            }
         }
-        gone
+    }
+
+    /// Has the last descriptor before `tail` be reported.
+    fn report_last(&self, ring: &DmaRing<[u64; 2]>, tail: usize) {
+        let (last, word) = (tail.wrapping_sub(1) & self.mask, self.last.get() | tx::RS);
+        let _ = ring.set_words(last, [(1, word.to_le())]);
+        self.last.set(word);
+        self.report(last);
     }
 
     fn send(&self, mut packet: Packet) -> Result<(), SendError> {
@@ -390,11 +407,8 @@ impl TxRing {
         }
         let Some(ring) = &self.ring else { return };
         self.rung.set(tail);
-        let word = self.last.get();
-        if word & tx::RS == 0 {
-            let last = tail.wrapping_sub(1) & self.mask;
-            let _ = ring.set_words(last, [(1, (word | tx::RS).to_le())]);
-            self.report(last);
+        if self.last.get() & tx::RS == 0 {
+            self.report_last(ring, tail);
         }
         self.doorbell.write(tail as u32);
     }
