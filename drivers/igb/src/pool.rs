@@ -30,6 +30,11 @@ impl Home {
         Arc::new(Self { returned: ArrayQueue::new(buffers.max(1)), closed: AtomicBool::new(false) })
     }
 
+    /// Tells it from all others that there are.
+    pub(crate) fn address(self: &Arc<Self>) -> usize {
+        Arc::as_ptr(self).addr()
+    }
+
     fn give(&self, node: Box<Node>) {
         // It has room for all: what it does not take is freed, as what comes too late.
         drop(self.returned.push(node));
@@ -52,6 +57,7 @@ impl Home {
 /// The buffers of a queue pair that nobody has, for its thread.
 pub(crate) struct Local {
     home: Arc<Home>,
+    home_at: usize,
     stack: RefCell<Vec<Box<Node>>>,
 }
 
@@ -62,7 +68,7 @@ thread_local! {
 
 impl Local {
     pub(crate) fn new(home: Arc<Home>, nodes: Vec<Box<Node>>) -> Rc<Self> {
-        Rc::new(Self { home, stack: RefCell::new(nodes) })
+        Rc::new(Self { home_at: home.address(), home, stack: RefCell::new(nodes) })
     }
 
     /// Buffers of the queue that are dropped on this thread come straight back.
@@ -115,7 +121,7 @@ impl Local {
 
     #[inline(always)]
     pub(crate) fn is_home_of(&self, node: &Node) -> bool {
-        node.home.as_ref().is_some_and(|home| Arc::ptr_eq(home, &self.home))
+        node.home_at == self.home_at
     }
 }
 

@@ -204,14 +204,17 @@ impl RxRing {
             if status & (rx::DD | REGULAR) != rx::DD | rx::EOP || len.wrapping_sub(1) >= buffer_len {
                 break;
             }
-            let Some(node) = &mut packet.0 else { break };
             let info = entry.load::<0>();
-            entry.store::<0>(node.iova);
-            entry.store::<1>(0);
-            std::mem::swap(node, slot);
+            let Some(fresh) = packet.0.take() else { break };
+            let iova = fresh.iova;
+            let mut node = std::mem::replace(slot, fresh);
             node.len = len as u32;
             node.info = [info, status];
             node.offload = None;
+            // It has none: nothing is to be dropped.
+            std::mem::forget(packet.0.replace(node));
+            entry.store::<0>(iova);
+            entry.store::<1>(0);
             sum += len;
             taken += 1;
         }

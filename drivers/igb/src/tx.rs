@@ -253,10 +253,11 @@ impl TxRing {
             let Some(node) = packet.0.as_deref().filter(|node| self.is_simple(node)) else { break };
             let len = u64::from(node.len);
             last = PLAIN | len | len << tx::PAYLEN_SHIFT;
-            entry.store::<0>(node.iova);
-            entry.store::<1>(last);
+            let iova = node.iova;
             // It had none.
             std::mem::forget(slot.replace(packet.0.take()));
+            entry.store::<0>(iova);
+            entry.store::<1>(last);
             sum += len;
             done += 1;
         }
