@@ -54,11 +54,14 @@ impl Home {
     }
 }
 
+/// Free buffers. There is one in each place; in this form many of them move at once, from slots and to packets.
+pub(crate) type Stack = Vec<Option<Box<Node>>>;
+
 /// The buffers of a queue pair that nobody has, for its thread.
 pub(crate) struct Local {
     home: Arc<Home>,
     home_at: usize,
-    stack: RefCell<Vec<Box<Node>>>,
+    stack: RefCell<Stack>,
 }
 
 thread_local! {
@@ -68,7 +71,7 @@ thread_local! {
 
 impl Local {
     pub(crate) fn new(home: Arc<Home>, nodes: Vec<Box<Node>>) -> Rc<Self> {
-        Rc::new(Self { home_at: home.address(), home, stack: RefCell::new(nodes) })
+        Rc::new(Self { home_at: home.address(), home, stack: RefCell::new(nodes.into_iter().map(Some).collect()) })
     }
 
     /// Buffers of the queue that are dropped on this thread come straight back.
@@ -86,18 +89,18 @@ impl Local {
 
     /// The stack, for a batch.
     #[inline]
-    pub(crate) fn stack(&self) -> &RefCell<Vec<Box<Node>>> {
+    pub(crate) fn stack(&self) -> &RefCell<Stack> {
         &self.stack
     }
 
     /// Takes over what came back from other threads; false: nothing.
     #[cold]
-    pub(crate) fn refill(&self, stack: &mut Vec<Box<Node>>) -> bool {
+    pub(crate) fn refill(&self, stack: &mut Stack) -> bool {
         let before = stack.len();
         while stack.len() - before < BATCH
             && let Some(node) = self.home.returned.pop()
         {
-            stack.push(node);
+            stack.push(Some(node));
         }
         stack.len() != before
     }
@@ -116,7 +119,7 @@ impl Local {
         if stack.is_empty() {
             self.refill(&mut stack);
         }
-        stack.pop()
+        stack.pop().flatten()
     }
 
     #[inline(always)]
@@ -163,7 +166,7 @@ pub(crate) fn give(node: Box<Node>) {
     if let Some(local) = local_of(&node)
         && let Ok(mut stack) = local.stack.try_borrow_mut()
     {
-        return stack.push(node);
+        return stack.push(Some(node));
     }
     let home = home.clone();
     home.give(node);

@@ -19,7 +19,7 @@ use crate::{
     Result,
     counters::Counters,
     packet::{Node, Packet},
-    pool::{self, Local},
+    pool::{self, Local, Stack},
     queue::{Owner, Pair},
     shared::{Doorbell, Remains},
     spec::rx,
@@ -170,11 +170,12 @@ impl RxRing {
             // Fresh buffers go to the caller's list, where each changes places with a packet.
             let (first, count) = (out.len(), most.min(stack.len()));
             let keep = stack.len() - count;
-            out.extend(stack.drain(keep..).map(|node| Packet(Some(node))));
-            let taken = self.exchange(ring, at, &mut slots, out.get_mut(first..).unwrap_or_default(), &mut bytes);
+            out.extend(stack.drain(keep..).map(Packet));
+            let (taken, len) = self.exchange(ring, at, &mut slots, out.get_mut(first..).unwrap_or_default());
+            bytes += len;
             (at, left) = ((at + taken) & self.mask, left - taken);
             if taken != count {
-                stack.extend(out.drain(first + taken..).filter_map(|mut packet| packet.0.take()));
+                stack.extend(out.drain(first + taken..).map(|mut packet| packet.0.take()));
                 regular = false;
             }
         }
@@ -185,19 +186,18 @@ impl RxRing {
     }
 
     /// Puts the buffers of `fresh` into the descriptors from `at` on and has the packets from there in their place, up to one that is
-    /// not as most are. How many.
-    #[inline(always)]
+    /// not as most are. How many, and their bytes.
+    #[inline(never)]
     fn exchange(
         &self,
         ring: &DmaRing<[u64; 2]>,
         at: usize,
         slots: &mut [Box<Node>],
         fresh: &mut [Packet],
-        bytes: &mut usize,
-    ) -> usize {
+    ) -> (usize, usize) {
         let range = at..at + fresh.len();
-        let (Ok(entries), Some(slots)) = (ring.entries(range.clone()), slots.get_mut(range)) else { return 0 };
-        let (buffer_len, mut taken, mut sum) = (self.buffer_len, 0, 0);
+        let (Ok(entries), Some(slots)) = (ring.entries(range.clone()), slots.get_mut(range)) else { return (0, 0) };
+        let (buffer_len, mut taken, mut bytes) = (self.buffer_len, 0, 0);
         for ((packet, slot), entry) in fresh.iter_mut().zip(slots).zip(entries) {
             let status = entry.load::<1>();
             let len = (status >> rx::LEN_SHIFT) as usize & 0xffff;
@@ -215,11 +215,10 @@ impl RxRing {
             std::mem::forget(packet.0.replace(node));
             entry.store::<0>(iova);
             entry.store::<1>(0);
-            sum += len;
+            bytes += len;
             taken += 1;
         }
-        *bytes += sum;
-        taken
+        (taken, bytes)
     }
 
     /// Takes one descriptor, of whatever form; `None`: there is none. The packet, when it is complete.
@@ -229,14 +228,14 @@ impl RxRing {
         ring: &DmaRing<[u64; 2]>,
         at: usize,
         slot: &mut Box<Node>,
-        stack: &mut Vec<Box<Node>>,
+        stack: &mut Stack,
     ) -> Option<Option<Packet>> {
         let entry = ring.entry(at).ok()?;
         let status = entry.load::<1>();
         if status & rx::DD == 0 {
             return None;
         }
-        let fresh = stack.pop()?;
+        let fresh = stack.pop().flatten()?;
         let info = entry.load::<0>();
         entry.store::<0>(fresh.iova);
         entry.store::<1>(0);
@@ -249,7 +248,7 @@ impl RxRing {
     }
 
     /// A descriptor that may not be a whole packet of its own. The packet, when it is complete.
-    fn assemble(&self, node: Box<Node>, len: usize, status: u64, stack: &mut Vec<Box<Node>>) -> Option<Packet> {
+    fn assemble(&self, node: Box<Node>, len: usize, status: u64, stack: &mut Stack) -> Option<Packet> {
         let ends = status & rx::EOP != 0;
         let mut partial = self.partial.borrow_mut();
         let whole = self.partial_len.get() + len;
@@ -288,8 +287,8 @@ impl RxRing {
         self.partial_len.set(0);
         self.skipping.set(!ends);
         self.irregular.set(!ends);
-        stack.push(node);
-        stack.append(&mut partial);
+        stack.push(Some(node));
+        stack.extend(partial.drain(..).map(Some));
         None
     }
 

@@ -45,7 +45,7 @@ const REPORT: usize = 32;
 pub(crate) struct TxRing {
     /// There is one until the queue goes.
     ring: Option<DmaRing<[u64; 2]>>,
-    slots: Box<[Cell<Option<Box<Node>>>]>,
+    slots: RefCell<Box<[Option<Box<Node>>]>>,
     mask: usize,
     /// The next descriptor to write.
     tail: Cell<usize>,
@@ -83,7 +83,7 @@ impl TxRing {
     ) -> Self {
         Self {
             ring: Some(ring),
-            slots: (0..size).map(|_| Cell::default()).collect(),
+            slots: RefCell::new((0..size).map(|_| None).collect()),
             mask: size.saturating_sub(1),
             tail: Cell::new(0),
             rung: Cell::new(0),
@@ -195,8 +195,8 @@ impl TxRing {
             }
             let _ = ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
             self.last.set(word);
-            if let Some(slot) = self.slots.get(at) {
-                slot.set(Some(node));
+            if let Some(slot) = self.slots.borrow_mut().get_mut(at) {
+                *slot = Some(node);
             }
             (at, count) = ((at + 1) & self.mask, count + 1);
         }
@@ -217,9 +217,9 @@ impl TxRing {
         let mut tail = self.tail.get();
         while let Some(rest) = packets.get_mut(gone..).filter(|rest| !rest.is_empty()) {
             // Up to a descriptor that is to be reported, or around the end of the ring.
-            let run = rest.len().min(room).min(REPORT - tail % REPORT).min(self.slots.len() - tail);
-            let done = self.put_run(ring, tail, rest.get_mut(..run).unwrap_or_default(), &mut bytes);
-            (gone, sent, room) = (gone + done, sent + done, room - done);
+            let run = rest.len().min(room).min(REPORT - tail % REPORT).min(self.mask + 1 - tail);
+            let (done, len) = self.put_run(ring, tail, rest.get_mut(..run).unwrap_or_default());
+            (gone, sent, room, bytes) = (gone + done, sent + done, room - done, bytes + len);
             tail = (tail + done) & self.mask;
             self.tail.set(tail);
             if done != 0 && tail.is_multiple_of(REPORT) {
@@ -243,27 +243,27 @@ impl TxRing {
         gone
     }
 
-    /// Writes packets that are as most are into the descriptors from `at` on; how many.
-    #[inline(always)]
-    fn put_run(&self, ring: &DmaRing<[u64; 2]>, at: usize, packets: &mut [Packet], bytes: &mut usize) -> usize {
+    /// Writes packets that are as most are into the descriptors from `at` on; how many, and their bytes.
+    #[inline(never)]
+    fn put_run(&self, ring: &DmaRing<[u64; 2]>, at: usize, packets: &mut [Packet]) -> (usize, usize) {
         let range = at..at + packets.len();
-        let (Ok(entries), Some(slots)) = (ring.entries(range.clone()), self.slots.get(range)) else { return 0 };
-        let (mut done, mut sum, mut last) = (0, 0, self.last.get());
+        let mut slots = self.slots.borrow_mut();
+        let (Ok(entries), Some(slots)) = (ring.entries(range.clone()), slots.get_mut(range)) else { return (0, 0) };
+        let (mut done, mut bytes, mut last) = (0, 0, self.last.get());
         for ((packet, slot), entry) in packets.iter_mut().zip(slots).zip(entries) {
             let Some(node) = packet.0.as_deref().filter(|node| self.is_simple(node)) else { break };
             let len = u64::from(node.len);
             last = PLAIN | len | len << tx::PAYLEN_SHIFT;
             let iova = node.iova;
             // It had none.
-            std::mem::forget(slot.replace(packet.0.take()));
+            std::mem::forget(std::mem::replace(slot, packet.0.take()));
             entry.store::<0>(iova);
             entry.store::<1>(last);
-            sum += len;
+            bytes += len;
             done += 1;
         }
         self.last.set(last);
-        *bytes += sum as usize;
-        done
+        (done, bytes as usize)
     }
 
     /// Sends the next packet, of whatever form. How many descriptors that took, 0 if it is dropped, and bytes; `None`: it has no room.
@@ -327,7 +327,8 @@ impl TxRing {
             found = true;
             let mut at = self.oldest.get();
             loop {
-                if let Some(node) = self.slots.get(at).and_then(Cell::take) {
+                let node = self.slots.borrow_mut().get_mut(at).and_then(Option::take);
+                if let Some(node) = node {
                     take(node);
                 }
                 self.free.set(self.free.get() + 1);
@@ -372,30 +373,22 @@ impl TxRing {
     /// Has the buffers of `count` descriptors go home.
     fn bring_home(&self, from: usize, count: usize) {
         // Around the end of the ring, in two parts.
-        let first = count.min(self.slots.len().saturating_sub(from));
+        let mut slots = self.slots.borrow_mut();
+        let first = count.min(slots.len().saturating_sub(from));
         for part in [from..from + first, 0..count - first] {
-            let mut slots = self.slots.get(part).unwrap_or(&[]).iter();
-            while let Some(slot) = slots.next() {
-                let Some(node) = slot.take() else { continue };
-                let Some(local) = pool::local_of(&node) else {
-                    pool::give(node);
+            let mut part = slots.get_mut(part).unwrap_or_default();
+            while let Some(slot) = part.first_mut() {
+                let Some(local) = slot.as_deref().and_then(pool::local_of) else {
+                    slot.take().into_iter().for_each(pool::give);
+                    part = part.split_first_mut().map_or(&mut [], |(_, rest)| rest);
                     continue;
                 };
                 // Its neighbours mostly have the same home.
-                let mut stack = local.stack().borrow_mut();
-                stack.reserve(slots.len() + 1);
-                stack.push(node);
-                for slot in slots.by_ref() {
-                    match slot.take() {
-                        Some(node) if local.is_home_of(&node) => stack.push(node),
-                        None => {}
-                        Some(node) => {
-                            drop(stack);
-                            pool::give(node);
-                            break;
-                        }
-                    }
-                }
+                let is_other = |slot: &Option<Box<Node>>| !slot.as_deref().is_some_and(|node| local.is_home_of(node));
+                let same = part.iter().position(is_other).unwrap_or(part.len());
+                let Some((same, rest)) = part.split_at_mut_checked(same.max(1)) else { break };
+                local.stack().borrow_mut().extend(same.iter_mut().map(Option::take));
+                part = rest;
             }
         }
     }
@@ -465,7 +458,7 @@ impl TxRing {
     pub(crate) fn release(&self) {
         if !self.released.replace(true) {
             self.ring.iter().for_each(|ring| ring.shared().release());
-            self.slots.iter().filter_map(Cell::take).for_each(pool::give);
+            self.slots.take().into_iter().flatten().for_each(pool::give);
         }
     }
 
@@ -475,7 +468,7 @@ impl TxRing {
         if self.released.get() {
             return None;
         }
-        let nodes = self.slots.iter().filter_map(Cell::take).collect();
+        let nodes = self.slots.take().into_iter().flatten().collect();
         Some(Remains { ring, nodes })
     }
 }

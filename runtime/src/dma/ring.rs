@@ -318,12 +318,9 @@ impl<T> DmaRing<T> {
         if start > end || end > self.len {
             return Err(self.shared.outside(start.saturating_mul(size_of::<T>()), size_of::<T>()));
         }
-        // SAFETY: `len` entries are inside of the buffer, and `start` and `end` are at most `len`.
-        let (at, end) = unsafe {
-            let base = self.shared.base.as_ptr();
-            (base.add(start * size_of::<T>()).cast(), base.add(end * size_of::<T>()).cast())
-        };
-        Ok(DmaEntries { at, end, ring: PhantomData })
+        // SAFETY: `len` entries are inside of the buffer, and `start` is at most `len`.
+        let first = unsafe { self.shared.base.as_ptr().add(start * size_of::<T>()) }.cast();
+        Ok(DmaEntries { first, next: 0, len: end - start, ring: PhantomData })
     }
 
     /// Fills all entries with zeros.
@@ -386,9 +383,10 @@ impl<T> DmaEntry<'_, T> {
 /// # Ok::<_, vfio_uring::Error>(()) }).unwrap();
 /// ```
 pub struct DmaEntries<'a, T> {
-    at: *mut u64,
-    /// Behind the last.
-    end: *mut u64,
+    first: *mut u64,
+    // Numbers and no end, as the compiler sees that they are those of a slice of the same length next to it.
+    next: usize,
+    len: usize,
     ring: PhantomData<&'a DmaRing<T>>,
 }
 
@@ -397,19 +395,18 @@ impl<'a, T> Iterator for DmaEntries<'a, T> {
 
     #[inline(always)]
     fn next(&mut self) -> Option<Self::Item> {
-        if self.at == self.end {
+        if self.next >= self.len {
             return None;
         }
-        let at = self.at;
-        // SAFETY: there is an entry at `at`, as it is not the end.
-        self.at = unsafe { at.byte_add(size_of::<T>()) };
+        // SAFETY: there are `len` entries from the first on.
+        let at = unsafe { self.first.byte_add(self.next * size_of::<T>()) };
+        self.next += 1;
         Some(DmaEntry { at, ring: PhantomData })
     }
 
     #[inline]
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let len = (self.end as usize - self.at as usize) / size_of::<T>();
-        (len, Some(len))
+        (self.len - self.next, Some(self.len - self.next))
     }
 }
 
