@@ -3,25 +3,24 @@
 //! The NIC is asked to report some descriptors only: the last of each turn, and one in every few. What is before a reported one
 //! is done, too.
 
+mod any;
+mod queue;
+
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
-    future::poll_fn,
-    pin::Pin,
-    rc::Rc,
     sync::Arc,
-    task::{Context, Poll},
+    task::Context,
 };
 
-use futures::Sink;
 use vfio_uring::{dma::DmaRing, reactor::TaskRef};
 
+pub use self::queue::{TxQueue, TxToken};
 use crate::{
-    Buffers, Error, Result, SendError,
+    SendError,
     counters::Counters,
-    packet::{L4, Node, Packet, TxOffload},
+    packet::{Node, Packet},
     pool,
-    queue::{Owner, Pair},
     shared::{Doorbell, Remains},
     spec::{MAX_FRAME, tx},
 };
@@ -32,8 +31,6 @@ const PLAIN: u64 = tx::DATA | tx::DEXT | tx::IFCS | tx::EOP;
 const MIN_LEN: usize = 14;
 /// Without CRC and VLAN tag.
 const MAX_LEN: usize = MAX_FRAME - 4;
-/// With TSO: what an IP packet can have, and headers in front of it.
-const MAX_TSO: usize = 65535 + 127;
 /// Buffers of a packet at most.
 const MAX_SEGMENTS: usize = 16;
 /// Descriptors of a packet at most.
@@ -109,99 +106,8 @@ impl TxRing {
         node.is_plain() && (node.len as usize).wrapping_sub(MIN_LEN) <= MAX_LEN - MIN_LEN && node.space_id == self.space_id
     }
 
-    /// How many descriptors a packet needs, or what is wrong with it.
-    #[cold]
-    fn needs(&self, node: &Node) -> Result<usize, &'static str> {
-        let (mut total, mut segments) = (0usize, 0);
-        for node in std::iter::successors(Some(node), |node| node.next.as_deref()) {
-            segments += 1;
-            total = total.saturating_add(node.len as usize);
-            if node.len == 0 || node.len > u16::MAX.into() {
-                return Err("one of its buffers has no bytes, or more than 65535");
-            }
-            if node.space_id != self.space_id {
-                return Err("a buffer is not in the NIC's address space: open both devices in the same one");
-            }
-            if segments > MAX_SEGMENTS {
-                return Err("it has more than 16 buffers");
-            }
-        }
-        let tso = node.offload.is_some_and(|offload| offload.tso.is_some());
-        if total < MIN_LEN {
-            return Err("it has less than 14 bytes");
-        }
-        if total > if tso { MAX_TSO } else { MAX_LEN } {
-            return Err("it is too long: 9724 bytes can be sent, or 65662 in segments");
-        }
-        let Some(offload) = &node.offload else { return Ok(segments) };
-        if offload.l2_len > 127 || offload.l3_len > 511 {
-            return Err("its headers are too long: 127 bytes before the IP header, and 511 of it");
-        }
-        if offload.headers() > total {
-            return Err("it is shorter than its headers");
-        }
-        if offload.tso.is_some_and(|tso| tso.mss == 0 || tso.l4_len < 20 || tso.l4_len > 60) {
-            return Err("TSO needs a segment size, and a TCP header of 20 to 60 bytes");
-        }
-        Ok(segments + usize::from(self.context.get() != context(offload)))
-    }
-
     fn report(&self, at: usize) {
         self.reports.borrow_mut().push_back(at);
-    }
-
-    /// Writes any packet; there is room for it. How many descriptors, and bytes.
-    #[cold]
-    fn put(&self, ring: &DmaRing<[u64; 2]>, first: Box<Node>) -> (usize, usize) {
-        let (mut at, mut count) = (self.tail.get(), 0);
-        let offload = first.offload;
-        let mut command = tx::DATA | tx::DEXT | tx::IFCS;
-        let total: usize =
-            std::iter::successors(Some(&*first), |node| node.next.as_deref()).map(|node| node.len as usize).sum();
-        let mut payload = total;
-        if let Some(offload) = &offload {
-            let context = context(offload);
-            if self.context.get() != context {
-                self.context.set(context);
-                let _ = ring.set(at, &context.map(u64::to_le));
-                (at, count) = ((at + 1) & self.mask, 1);
-            }
-            if offload.vlan.is_some() {
-                command |= tx::VLE;
-            }
-            if offload.ipv4_checksum || (offload.tso.is_some() && offload.is_ipv4) {
-                command |= tx::IXSM;
-            }
-            if offload.l4_checksum.is_some() || offload.tso.is_some() {
-                command |= tx::TXSM;
-            }
-            if offload.tso.is_some() {
-                command |= tx::TSE;
-                payload = total.saturating_sub(offload.headers());
-            }
-        }
-        let mut next = Some(first);
-        while let Some(mut node) = next {
-            next = node.next.take();
-            let mut word = command | u64::from(node.len);
-            // The first says how long all of it is.
-            word |= (std::mem::take(&mut payload) as u64) << tx::PAYLEN_SHIFT;
-            if next.is_none() {
-                word |= tx::EOP;
-                if at & (REPORT - 1) == REPORT - 1 {
-                    word |= tx::RS;
-                    self.report(at);
-                }
-            }
-            let _ = ring.set_words(at, [(0, node.iova.to_le()), (1, word.to_le())]);
-            self.last.set(word);
-            if let Some(slot) = self.slots.borrow_mut().get_mut(at) {
-                *slot = Some(node);
-            }
-            (at, count) = ((at + 1) & self.mask, count + 1);
-        }
-        self.tail.set(at);
-        (count, total)
     }
 
     /// Sends what has room, from the front of `packets`; how many are gone.
@@ -264,26 +170,6 @@ impl TxRing {
         }
         self.last.set(last);
         (done, bytes as usize)
-    }
-
-    /// Sends the next packet, of whatever form. How many descriptors that took, 0 if it is dropped, and bytes; `None`: it has no room.
-    #[cold]
-    fn put_aside(&self, ring: &DmaRing<[u64; 2]>, packet: Option<&mut Packet>, room: usize) -> Option<(usize, usize)> {
-        let packet = packet?;
-        let Some(node) = packet.0.take() else { return Some((0, 0)) };
-        match self.needs(&node) {
-            Ok(needed) if needed > room => {
-                packet.0 = Some(node);
-                None
-            }
-            Ok(_) => Some(self.put(ring, node)),
-            Err(why) => {
-                tracing::debug!(why, "a packet can't be sent");
-                self.counters.invalid();
-                pool::give_chain(Some(node));
-                Some((0, 0))
-            }
-        }
     }
 
     /// Has the last descriptor before `tail` be reported.
@@ -470,218 +356,5 @@ impl TxRing {
         }
         let nodes = self.slots.take().into_iter().flatten().collect();
         Some(Remains { ring, nodes })
-    }
-}
-
-/// A context descriptor (section 7.2.2.3).
-fn context(offload: &TxOffload) -> [u64; 2] {
-    let low = u64::from(offload.l3_len)
-        | u64::from(offload.l2_len) << tx::MACLEN_SHIFT
-        | u64::from(offload.vlan.unwrap_or(0)) << tx::VLAN_SHIFT;
-    let mut high = tx::CONTEXT | tx::DEXT;
-    if offload.is_ipv4 {
-        high |= tx::IPV4;
-    }
-    match (offload.l4_checksum, offload.tso) {
-        (_, Some(tso)) => {
-            high |= tx::TCP | u64::from(tso.l4_len) << tx::L4LEN_SHIFT | u64::from(tso.mss) << tx::MSS_SHIFT;
-        }
-        (Some(L4::Tcp), None) => high |= tx::TCP,
-        (Some(L4::Sctp), None) => high |= tx::SCTP,
-        (Some(L4::Udp) | None, None) => {}
-    }
-    [low, high]
-}
-
-/// A transmit queue: a sink of packets, or [`TxQueue::tx_batch`] for the peak. What was sent in a turn of the reactor the NIC is
-/// told of at the turn's end; buffers go home when it has sent them.
-pub struct TxQueue {
-    pub(crate) pair: Rc<Pair>,
-    pub(crate) _owner: Rc<Owner>,
-}
-
-impl TxQueue {
-    /// Sends packets from the front of `packets`, which are taken out, as far as the ring has room; how many. What can't be sent in its
-    /// form is taken out and dropped, and counted as [`tx_invalid`](crate::QueueStatistics::tx_invalid).
-    ///
-    /// # Errors
-    /// What ended the queue; all packets are still there then.
-    #[inline]
-    pub fn tx_batch(&mut self, packets: &mut Vec<Packet>) -> Result<usize> {
-        let gone = self.pair.tx.send_batch(packets);
-        if gone == 0 {
-            self.pair.alive()?;
-        }
-        Ok(gone)
-    }
-
-    /// Sends a packet.
-    ///
-    /// # Errors
-    /// [`SendError`] with the packet.
-    pub fn send(&mut self, packet: Packet) -> Result<(), SendError> {
-        match self.pair.alive() {
-            Ok(()) => self.pair.tx.send(packet),
-            Err(error) => Err(SendError::Ended { packet, error }),
-        }
-    }
-
-    /// Waits until any packet has room.
-    ///
-    /// # Errors
-    /// What ended the queue.
-    pub async fn ready(&mut self) -> Result<()> {
-        poll_fn(|cx| self.pair.poll_room(MAX_DESCRIPTORS, cx)).await
-    }
-
-    /// Waits until the NIC has sent everything. While there is no link, that takes for ever.
-    ///
-    /// # Errors
-    /// What ended the queue.
-    pub async fn drained(&mut self) -> Result<()> {
-        poll_fn(|cx| self.pair.poll_room(self.pair.tx.mask, cx)).await
-    }
-
-    /// Reserves room for any packet, and a buffer for one; `None`: there is none now.
-    pub fn reserve(&self) -> Option<TxToken<'_>> {
-        let ring = &self.pair.tx;
-        if self.pair.alive().is_err() {
-            return None;
-        }
-        if ring.available() < MAX_DESCRIPTORS {
-            ring.reclaim_home();
-        }
-        if ring.available() < MAX_DESCRIPTORS {
-            return None;
-        }
-        let packet = self.buffers().alloc()?;
-        Some(TxToken { room: Room::new(ring), packet })
-    }
-
-    /// Takes back buffers that the NIC is done with, instead of having them go home; up to now. Of a packet in several buffers, each is
-    /// a packet.
-    pub fn reclaim_into(&mut self, packets: &mut Vec<Packet>) -> usize {
-        let before = packets.len();
-        self.pair.tx.reclaim(&mut |node| packets.push(Packet(Some(node))));
-        packets.len() - before
-    }
-
-    /// The queue pair's free buffers.
-    pub fn buffers(&self) -> Buffers {
-        Buffers(self.pair.local.clone())
-    }
-
-    /// The queue's number.
-    pub fn index(&self) -> u16 {
-        self.pair.index
-    }
-}
-
-impl Pair {
-    fn poll_room(&self, wanted: usize, cx: &Context<'_>) -> Poll<Result<()>> {
-        match self.alive() {
-            Err(error) => Poll::Ready(Err(error)),
-            Ok(()) if self.tx.poll_room(wanted, cx) => Poll::Ready(Ok(())),
-            Ok(()) => Poll::Pending,
-        }
-    }
-}
-
-impl Sink<Packet> for TxQueue {
-    type Error = Error;
-
-    fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        self.pair.poll_room(MAX_DESCRIPTORS, cx)
-    }
-
-    /// A packet that can't be sent in its form is an error, and lost.
-    fn start_send(mut self: Pin<&mut Self>, packet: Packet) -> Result<()> {
-        self.send(packet).map_err(|error| match error {
-            SendError::Ended { error, .. } => error,
-            SendError::Full(_) => {
-                Error::invalid("the transmit ring is full: a sink has to be ready before a packet is sent")
-            }
-            SendError::Invalid { why, .. } => Error::invalid(format!("a packet can't be sent: {why}")),
-        })
-    }
-
-    /// The NIC is told; it need not have sent anything yet.
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Result<()>> {
-        self.pair.tx.ring_doorbell();
-        Poll::Ready(self.pair.alive())
-    }
-
-    /// Everything is sent.
-    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        self.pair.poll_room(self.pair.tx.mask, cx)
-    }
-}
-
-impl std::fmt::Debug for TxQueue {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TxQueue").field("index", &self.pair.index).field("free", &self.pair.tx.free.get()).finish()
-    }
-}
-
-/// Reserved room in a transmit ring, and a buffer.
-pub struct TxToken<'a> {
-    room: Room<'a>,
-    packet: Packet,
-}
-
-/// Room for any packet.
-struct Room<'a>(&'a TxRing);
-
-impl<'a> Room<'a> {
-    fn new(ring: &'a TxRing) -> Self {
-        ring.reserved.set(ring.reserved.get() + MAX_DESCRIPTORS);
-        Self(ring)
-    }
-
-    fn send(self, packet: Packet) -> Result<(), SendError> {
-        let ring = self.0;
-        drop(self);
-        ring.send(packet)
-    }
-}
-
-impl Drop for Room<'_> {
-    fn drop(&mut self) {
-        self.0.reserved.set(self.0.reserved.get().saturating_sub(MAX_DESCRIPTORS));
-    }
-}
-
-impl TxToken<'_> {
-    /// Has `f` fill a packet of `len` bytes, and sends it.
-    ///
-    /// # Errors
-    /// [`SendError::Invalid`] for a length that can't be sent; `f` is not called for one beyond the buffer.
-    pub fn consume<R>(self, len: usize, f: impl FnOnce(&mut [u8]) -> R) -> Result<R, SendError> {
-        let Self { room, mut packet } = self;
-        if packet.set_len(len).is_err() {
-            return Err(SendError::Invalid { packet, why: "it is longer than a buffer" });
-        }
-        let result = f(packet.data_mut());
-        room.send(packet)?;
-        Ok(result)
-    }
-
-    /// [`TxToken::consume`] of a packet of the caller's; the token's buffer is free again.
-    ///
-    /// # Errors
-    /// [`SendError::Invalid`].
-    pub fn send(self, packet: Packet) -> Result<(), SendError> {
-        self.room.send(packet)
-    }
-
-    /// The buffer, with a length of 0.
-    pub fn packet_mut(&mut self) -> &mut Packet {
-        &mut self.packet
-    }
-}
-
-impl std::fmt::Debug for TxToken<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TxToken").finish_non_exhaustive()
     }
 }
