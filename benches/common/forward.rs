@@ -1,5 +1,5 @@
 //! Forwarding: packets from a receive ring to a transmit ring, with a NIC that is serviced inline on the same thread, and the floor,
-//! which is the same loop written by hand for this one purpose.
+//! which is the same loop written by hand for this one purpose, with all that is known to make it short.
 
 use std::{cell::Cell, hint::black_box, rc::Rc};
 
@@ -202,8 +202,14 @@ impl ForwardFloor {
         let mut done = 0;
         while done < count {
             nic.device_service();
-            while packets.len() < *batch {
-                let entry = rx.entry(rx_next).expect("inside");
+            // Fresh buffers change places with packets.
+            let most = (*batch).min(usize::from(RING) - rx_next).min(free.len());
+            packets.extend(free.drain(free.len() - most..));
+            let range = rx_next..rx_next + most;
+            let mut taken = 0;
+            for ((packet, slot), entry) in
+                packets.iter_mut().zip(&mut rx_bufs[range.clone()]).zip(rx.entries(range).expect("inside"))
+            {
                 let status = entry.load::<1>();
                 if status & rx::DD == 0 {
                     break;
@@ -214,14 +220,14 @@ impl ForwardFloor {
                 }
                 // What a forwarder may want to know of the packet.
                 black_box(entry.load::<0>());
-                let Some(fresh) = free.pop() else { break };
-                entry.store::<0>(fresh.iova());
+                entry.store::<0>(packet.iova());
                 entry.store::<1>(0);
-                let mut buf = std::mem::replace(&mut rx_bufs[rx_next], fresh);
-                buf.set_len(len).expect("it fits");
-                packets.push(buf);
-                rx_next = (rx_next + 1) & MASK;
+                std::mem::swap(packet, slot);
+                packet.set_len(len).expect("it fits");
+                taken += 1;
             }
+            free.extend(packets.drain(taken..));
+            rx_next = (rx_next + taken) & MASK;
             for packet in &mut packets {
                 if let Some(byte) = packet.get_mut(TOUCHED) {
                     *byte = byte.wrapping_add(1);
@@ -245,12 +251,9 @@ impl ForwardFloor {
             let before = tx_next.wrapping_sub(1) & MASK;
             nic.device_service();
             if tx.load_u64(before, 8).expect("inside") & tx::DD != 0 {
-                while tx_done != tx_next {
-                    if let Some(buf) = tx_bufs[tx_done].take() {
-                        free.push(buf);
-                    }
-                    tx_done = (tx_done + 1) & MASK;
-                }
+                let end = if tx_next > tx_done { tx_next } else { usize::from(RING) };
+                free.extend(tx_bufs[tx_done..end].iter_mut().filter_map(Option::take));
+                tx_done = end & MASK;
             }
         }
         (self.rx_next, self.tx_next, self.tx_done) = (rx_next, tx_next, tx_done);

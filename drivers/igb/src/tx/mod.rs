@@ -124,7 +124,8 @@ impl TxRing {
         while let Some(rest) = packets.get_mut(gone..).filter(|rest| !rest.is_empty()) {
             // Up to a descriptor that is to be reported, or around the end of the ring.
             let run = rest.len().min(room).min(REPORT - tail % REPORT).min(self.mask + 1 - tail);
-            let (done, len) = self.put_run(ring, tail, rest.get_mut(..run).unwrap_or_default());
+            let (done, len) =
+                self.put_run(ring, tail, &mut self.slots.borrow_mut(), rest.get_mut(..run).unwrap_or_default());
             (gone, sent, room, bytes) = (gone + done, sent + done, room - done, bytes + len);
             tail = (tail + done) & self.mask;
             self.tail.set(tail);
@@ -151,9 +152,14 @@ impl TxRing {
 
     /// Writes packets that are as most are into the descriptors from `at` on; how many, and their bytes.
     #[inline(never)]
-    fn put_run(&self, ring: &DmaRing<[u64; 2]>, at: usize, packets: &mut [Packet]) -> (usize, usize) {
+    fn put_run(
+        &self,
+        ring: &DmaRing<[u64; 2]>,
+        at: usize,
+        slots: &mut [Option<Box<Node>>],
+        packets: &mut [Packet],
+    ) -> (usize, usize) {
         let range = at..at + packets.len();
-        let mut slots = self.slots.borrow_mut();
         let (Ok(entries), Some(slots)) = (ring.entries(range.clone()), slots.get_mut(range)) else { return (0, 0) };
         let (mut done, mut bytes, mut last) = (0, 0, self.last.get());
         for ((packet, slot), entry) in packets.iter_mut().zip(slots).zip(entries) {
