@@ -39,8 +39,8 @@ const TAX: [(&str, f64); 2] = [("future", 110.0), ("stream", 45.0)];
 /// A packet that is forwarded, in batches of so many: instructions, and their ratio to those of the loop written by hand; for each, the
 /// bar that is aimed at and what is held.
 const FORWARD_BATCH: usize = 32;
-const FORWARD: (f64, f64) = (130.0, 180.0);
-const FORWARD_RATIO: (f64, f64) = (1.25, 1.38);
+const FORWARD: (f64, f64) = (130.0, 120.0);
+const FORWARD_RATIO: (f64, f64) = (1.25, 1.25);
 
 fn main() {
     let args: Vec<String> = env::args().collect();

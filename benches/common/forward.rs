@@ -1,5 +1,5 @@
 //! Forwarding: packets from a receive ring to a transmit ring, with a NIC that is serviced inline on the same thread, and the floor,
-//! which is the same loop written by hand for this one purpose.
+//! which is the same loop written by hand for this one purpose, with all that is known to make it short.
 
 use std::{cell::Cell, hint::black_box, rc::Rc};
 
@@ -146,7 +146,7 @@ pub struct ForwardFloor {
     tx: DmaRing<[u64; 2]>,
     rx_tail: Register<u32>,
     tx_tail: Register<u32>,
-    rx_bufs: Vec<Option<DmaBuf>>,
+    rx_bufs: Vec<DmaBuf>,
     tx_bufs: Vec<Option<DmaBuf>>,
     free: Vec<DmaBuf>,
     nic: InlineNic,
@@ -171,8 +171,8 @@ impl ForwardFloor {
         let (rx, tx) = (ring(), ring());
         nic.start((rx.iova(), tx.iova()));
         let buf = || memory.alloc(BUFFER).expect("a buffer");
-        let rx_bufs: Vec<_> = (0..RING).map(|_| Some(buf())).collect();
-        for (index, buf) in rx_bufs.iter().flatten().enumerate() {
+        let rx_bufs: Vec<_> = (0..RING).map(|_| buf()).collect();
+        for (index, buf) in rx_bufs.iter().enumerate() {
             rx.set(index, &[buf.iova(), 0]).expect("inside");
         }
         Self {
@@ -196,12 +196,20 @@ impl ForwardFloor {
     pub fn run(&mut self, count: u64) {
         const MASK: usize = RING as usize - 1;
         const PLAIN: u64 = tx::DATA | tx::DEXT | tx::IFCS | tx::EOP;
-        let mut packets: Vec<DmaBuf> = Vec::with_capacity(self.batch);
+        let Self { rx, tx, rx_tail, tx_tail, rx_bufs, tx_bufs, free, nic, batch, .. } = self;
+        let (mut rx_next, mut tx_next, mut tx_done) = (self.rx_next, self.tx_next, self.tx_done);
+        let mut packets: Vec<DmaBuf> = Vec::with_capacity(*batch);
         let mut done = 0;
         while done < count {
-            self.nic.device_service();
-            while packets.len() < self.batch {
-                let entry = self.rx.entry(self.rx_next).expect("inside");
+            nic.device_service();
+            // Fresh buffers change places with packets.
+            let most = (*batch).min(usize::from(RING) - rx_next).min(free.len());
+            packets.extend(free.drain(free.len() - most..));
+            let range = rx_next..rx_next + most;
+            let mut taken = 0;
+            for ((packet, slot), entry) in
+                packets.iter_mut().zip(&mut rx_bufs[range.clone()]).zip(rx.entries(range).expect("inside"))
+            {
                 let status = entry.load::<1>();
                 if status & rx::DD == 0 {
                     break;
@@ -212,14 +220,14 @@ impl ForwardFloor {
                 }
                 // What a forwarder may want to know of the packet.
                 black_box(entry.load::<0>());
-                let Some(fresh) = self.free.pop() else { break };
-                entry.store::<0>(fresh.iova());
+                entry.store::<0>(packet.iova());
                 entry.store::<1>(0);
-                let mut buf = self.rx_bufs[self.rx_next].replace(fresh).expect("a buffer");
-                buf.set_len(len).expect("it fits");
-                packets.push(buf);
-                self.rx_next = (self.rx_next + 1) & MASK;
+                std::mem::swap(packet, slot);
+                packet.set_len(len).expect("it fits");
+                taken += 1;
             }
+            free.extend(packets.drain(taken..));
+            rx_next = (rx_next + taken) & MASK;
             for packet in &mut packets {
                 if let Some(byte) = packet.get_mut(TOUCHED) {
                     *byte = byte.wrapping_add(1);
@@ -230,24 +238,24 @@ impl ForwardFloor {
                 let len = packet.len() as u64;
                 let report = if index == last { tx::RS } else { 0 };
                 let word = PLAIN | report | len | len << tx::PAYLEN_SHIFT;
-                let entry = self.tx.entry(self.tx_next).expect("inside");
+                let entry = tx.entry(tx_next).expect("inside");
                 entry.store::<0>(packet.iova());
                 entry.store::<1>(word);
-                self.tx_bufs[self.tx_next] = Some(packet);
-                self.tx_next = (self.tx_next + 1) & MASK;
+                tx_bufs[tx_next] = Some(packet);
+                tx_next = (tx_next + 1) & MASK;
                 done += 1;
             }
-            self.rx_tail.write_after_dma((self.rx_next.wrapping_sub(1) & MASK) as u32);
-            self.tx_tail.write_after_dma(self.tx_next as u32);
+            rx_tail.write_after_dma((rx_next.wrapping_sub(1) & MASK) as u32);
+            tx_tail.write_after_dma(tx_next as u32);
             // All of the batch is sent when its last packet is.
-            let before = self.tx_next.wrapping_sub(1) & MASK;
-            self.nic.device_service();
-            if self.tx.load_u64(before, 8).expect("inside") & tx::DD != 0 {
-                while self.tx_done != self.tx_next {
-                    self.free.extend(self.tx_bufs[self.tx_done].take());
-                    self.tx_done = (self.tx_done + 1) & MASK;
-                }
+            let before = tx_next.wrapping_sub(1) & MASK;
+            nic.device_service();
+            if tx.load_u64(before, 8).expect("inside") & tx::DD != 0 {
+                let end = if tx_next > tx_done { tx_next } else { usize::from(RING) };
+                free.extend(tx_bufs[tx_done..end].iter_mut().filter_map(Option::take));
+                tx_done = end & MASK;
             }
         }
+        (self.rx_next, self.tx_next, self.tx_done) = (rx_next, tx_next, tx_done);
     }
 }

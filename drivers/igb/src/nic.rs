@@ -1,11 +1,6 @@
 //! The NIC: bring-up, filters, link, statistics, stop. Every step has a deadline.
 
-use std::{
-    cell::{Cell, RefCell},
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+use std::{cell::RefCell, rc::Rc, sync::Arc, time::Duration};
 
 use vfio_uring::{
     device::{Device, Interrupt, Irq},
@@ -51,7 +46,6 @@ struct Inner {
     link: Rc<Watch>,
     /// Receive addresses beside the first.
     addresses: RefCell<Vec<[u8; 6]>>,
-    stopped: Cell<bool>,
     memory: Pool,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -87,7 +81,6 @@ impl Nic {
             sums,
             link: Rc::default(),
             addresses: RefCell::default(),
-            stopped: Cell::new(false),
             memory,
             tasks: Vec::new(),
         };
@@ -237,7 +230,6 @@ impl Nic {
         inner.shared.end(Error::Stopped);
         inner.link.end(Error::Stopped);
         let left = inner.shared.all_left(inner.options.timeout.max(Duration::from_secs(1))).await;
-        inner.stopped.set(true);
         if inner.shared.state() != State::Quiesced {
             if !watch::is_stopped(&inner.device).await {
                 inner.disable().await?;
@@ -353,7 +345,7 @@ impl Drop for Inner {
         self.shared.end(Error::Stopped);
         self.link.end(Error::Stopped);
         self.tasks.iter().for_each(JoinHandle::abort);
-        if !self.stopped.get() {
+        if self.shared.state() != State::Quiesced {
             tracing::debug!(address = %self.device.address(), "a NIC was dropped without being stopped");
         }
     }

@@ -30,6 +30,11 @@ impl Home {
         Arc::new(Self { returned: ArrayQueue::new(buffers.max(1)), closed: AtomicBool::new(false) })
     }
 
+    /// Tells it from all others that there are.
+    pub(crate) fn address(self: &Arc<Self>) -> usize {
+        Arc::as_ptr(self).addr()
+    }
+
     fn give(&self, node: Box<Node>) {
         // It has room for all: what it does not take is freed, as what comes too late.
         drop(self.returned.push(node));
@@ -49,10 +54,14 @@ impl Home {
     }
 }
 
+/// Free buffers. There is one in each place; in this form many of them move at once, from slots and to packets.
+pub(crate) type Stack = Vec<Option<Box<Node>>>;
+
 /// The buffers of a queue pair that nobody has, for its thread.
 pub(crate) struct Local {
     home: Arc<Home>,
-    stack: RefCell<Vec<Box<Node>>>,
+    home_at: usize,
+    stack: RefCell<Stack>,
 }
 
 thread_local! {
@@ -62,7 +71,7 @@ thread_local! {
 
 impl Local {
     pub(crate) fn new(home: Arc<Home>, nodes: Vec<Box<Node>>) -> Rc<Self> {
-        Rc::new(Self { home, stack: RefCell::new(nodes) })
+        Rc::new(Self { home_at: home.address(), home, stack: RefCell::new(nodes.into_iter().map(Some).collect()) })
     }
 
     /// Buffers of the queue that are dropped on this thread come straight back.
@@ -80,18 +89,18 @@ impl Local {
 
     /// The stack, for a batch.
     #[inline]
-    pub(crate) fn stack(&self) -> &RefCell<Vec<Box<Node>>> {
+    pub(crate) fn stack(&self) -> &RefCell<Stack> {
         &self.stack
     }
 
     /// Takes over what came back from other threads; false: nothing.
     #[cold]
-    pub(crate) fn refill(&self, stack: &mut Vec<Box<Node>>) -> bool {
+    pub(crate) fn refill(&self, stack: &mut Stack) -> bool {
         let before = stack.len();
         while stack.len() - before < BATCH
             && let Some(node) = self.home.returned.pop()
         {
-            stack.push(node);
+            stack.push(Some(node));
         }
         stack.len() != before
     }
@@ -110,12 +119,12 @@ impl Local {
         if stack.is_empty() {
             self.refill(&mut stack);
         }
-        stack.pop()
+        stack.pop().flatten()
     }
 
     #[inline(always)]
     pub(crate) fn is_home_of(&self, node: &Node) -> bool {
-        node.home.as_ref().is_some_and(|home| Arc::ptr_eq(home, &self.home))
+        node.home_at == self.home_at
     }
 }
 
@@ -157,7 +166,7 @@ pub(crate) fn give(node: Box<Node>) {
     if let Some(local) = local_of(&node)
         && let Ok(mut stack) = local.stack.try_borrow_mut()
     {
-        return stack.push(node);
+        return stack.push(Some(node));
     }
     let home = home.clone();
     home.give(node);

@@ -19,7 +19,7 @@ use crate::{
     Result,
     counters::Counters,
     packet::{Node, Packet},
-    pool::{self, Local},
+    pool::{self, Local, Stack},
     queue::{Owner, Pair},
     shared::{Doorbell, Remains},
     spec::rx,
@@ -43,7 +43,7 @@ pub(crate) enum Drop {
 pub(crate) struct RxRing {
     /// There is one until the queue goes.
     ring: Option<DmaRing<[u64; 2]>>,
-    slots: Box<[Cell<Option<Box<Node>>>]>,
+    slots: RefCell<Vec<Box<Node>>>,
     mask: usize,
     /// The next descriptor that the NIC writes.
     next: Cell<usize>,
@@ -96,7 +96,7 @@ impl RxRing {
         // The one before the first is the last that the NIC has: it was told so when it was brought up.
         Self {
             ring: Some(ring),
-            slots: nodes.into_iter().map(|node| Cell::new(Some(node))).collect(),
+            slots: RefCell::new(nodes),
             mask: size.saturating_sub(1),
             next: Cell::new(0),
             rung: Cell::new(0),
@@ -130,45 +130,54 @@ impl RxRing {
         self.has_descriptor() && !self.dead.get() && (!self.starved.get() || self.local.has_some())
     }
 
+    /// How many of the `most` descriptors from `at` on the NIC seems to have written.
+    #[inline]
+    fn written(ring: &DmaRing<[u64; 2]>, at: usize, most: usize) -> usize {
+        let Ok(mut entries) = ring.entries(at..at + most) else { return 0 };
+        // A look at the last is enough when there is a lot.
+        match ring.load_u64(at + most - 1, 8) {
+            Ok(word) if word & rx::DD != 0 => most,
+            _ => entries.position(|entry| entry.load::<1>() & rx::DD == 0).unwrap_or(most),
+        }
+    }
+
     /// Takes up to `max` packets that are there, and puts fresh buffers in their place.
     #[inline]
     fn take(&self, out: &mut Vec<Packet>, max: usize) -> usize {
         let Some(ring) = self.ring.as_ref().filter(|_| !self.dead.get()) else { return 0 };
-        let mut stack = self.local.stack().borrow_mut();
+        let (mut stack, mut slots) = (self.local.stack().borrow_mut(), self.slots.borrow_mut());
         let (mut at, mut bytes, before) = (self.next.get(), 0, out.len());
-        let (slots, mask, buffer_len) = (&*self.slots, self.mask, self.buffer_len);
         // A NIC that writes descriptors which it was not given does not keep us here.
-        for _ in 0..max.min(slots.len()) {
-            let (Ok(entry), Some(slot)) = (ring.entry(at), slots.get(at)) else { break };
-            let status = entry.load::<1>();
-            if status & rx::DD == 0 {
+        let (size, mut left) = (slots.len(), max.min(slots.len()));
+        let mut regular = !self.irregular.get();
+        while left != 0 {
+            let most = Self::written(ring, at, if regular { left.min(size - at) } else { 1 });
+            if most == 0 {
                 break;
             }
-            let Some(fresh) = stack.pop() else {
-                if self.local.refill(&mut stack) {
-                    continue;
-                }
+            if stack.is_empty() && !self.local.refill(&mut stack) {
                 self.starve();
                 break;
-            };
-            let info = entry.load::<0>();
-            entry.store::<0>(fresh.iova);
-            entry.store::<1>(0);
-            let Some(mut node) = slot.replace(Some(fresh)) else { break };
-            at = (at + 1) & mask;
-            let len = (status >> rx::LEN_SHIFT) as usize & 0xffff;
-            node.len = len as u32;
-            node.info = [info, status];
-            node.offload = None;
-            if status & REGULAR != rx::EOP || len.wrapping_sub(1) >= buffer_len || self.irregular.get() {
-                if let Some(packet) = self.assemble(node, len, status, &mut stack) {
-                    bytes += packet.len();
-                    out.push(packet);
-                }
+            }
+            if !regular {
+                let Some(slot) = slots.get_mut(at) else { break };
+                let Some(packet) = self.take_aside(ring, at, slot, &mut stack) else { break };
+                bytes += packet.as_ref().map_or(0, Packet::len);
+                out.extend(packet);
+                (at, left) = ((at + 1) & self.mask, left - 1);
                 continue;
             }
+            // Fresh buffers go to the caller's list, where each changes places with a packet.
+            let (first, count) = (out.len(), most.min(stack.len()));
+            let keep = stack.len() - count;
+            out.extend(stack.drain(keep..).map(Packet));
+            let (taken, len) = self.exchange(ring, at, &mut slots, out.get_mut(first..).unwrap_or_default());
             bytes += len;
-            out.push(Packet(Some(node)));
+            (at, left) = ((at + taken) & self.mask, left - taken);
+            if taken != count {
+                stack.extend(out.drain(first + taken..).map(|mut packet| packet.0.take()));
+                regular = false;
+            }
         }
         self.next.set(at);
         let taken = out.len() - before;
@@ -176,9 +185,70 @@ impl RxRing {
         taken
     }
 
-    /// A descriptor that is not a whole packet of its own. The packet, when it is complete.
+    /// Puts the buffers of `fresh` into the descriptors from `at` on and has the packets from there in their place, up to one that is
+    /// not as most are. How many, and their bytes.
+    #[inline(never)]
+    fn exchange(
+        &self,
+        ring: &DmaRing<[u64; 2]>,
+        at: usize,
+        slots: &mut [Box<Node>],
+        fresh: &mut [Packet],
+    ) -> (usize, usize) {
+        let range = at..at + fresh.len();
+        let (Ok(entries), Some(slots)) = (ring.entries(range.clone()), slots.get_mut(range)) else { return (0, 0) };
+        let (buffer_len, mut taken, mut bytes) = (self.buffer_len, 0, 0);
+        for ((packet, slot), entry) in fresh.iter_mut().zip(slots).zip(entries) {
+            let status = entry.load::<1>();
+            let len = (status >> rx::LEN_SHIFT) as usize & 0xffff;
+            if status & (rx::DD | REGULAR) != rx::DD | rx::EOP || len.wrapping_sub(1) >= buffer_len {
+                break;
+            }
+            let info = entry.load::<0>();
+            let Some(fresh) = packet.0.take() else { break };
+            let iova = fresh.iova;
+            let mut node = std::mem::replace(slot, fresh);
+            node.len = len as u32;
+            node.info = [info, status];
+            node.offload = None;
+            // It has none: nothing is to be dropped.
+            std::mem::forget(packet.0.replace(node));
+            entry.store::<0>(iova);
+            entry.store::<1>(0);
+            bytes += len;
+            taken += 1;
+        }
+        (taken, bytes)
+    }
+
+    /// Takes one descriptor, of whatever form; `None`: there is none. The packet, when it is complete.
     #[cold]
-    fn assemble(&self, node: Box<Node>, len: usize, status: u64, stack: &mut Vec<Box<Node>>) -> Option<Packet> {
+    fn take_aside(
+        &self,
+        ring: &DmaRing<[u64; 2]>,
+        at: usize,
+        slot: &mut Box<Node>,
+        stack: &mut Stack,
+    ) -> Option<Option<Packet>> {
+        let entry = ring.entry(at).ok()?;
+        let status = entry.load::<1>();
+        if status & rx::DD == 0 {
+            return None;
+        }
+        let fresh = stack.pop().flatten()?;
+        let info = entry.load::<0>();
+        entry.store::<0>(fresh.iova);
+        entry.store::<1>(0);
+        let mut node = std::mem::replace(slot, fresh);
+        let len = (status >> rx::LEN_SHIFT) as usize & 0xffff;
+        node.len = len as u32;
+        node.info = [info, status];
+        node.offload = None;
+        Some(self.assemble(node, len, status, stack))
+    }
+
+    /// A descriptor that may not be a whole packet of its own. The packet, when it is complete.
+    fn assemble(&self, node: Box<Node>, len: usize, status: u64, stack: &mut Stack) -> Option<Packet> {
         let ends = status & rx::EOP != 0;
         let mut partial = self.partial.borrow_mut();
         let whole = self.partial_len.get() + len;
@@ -217,8 +287,8 @@ impl RxRing {
         self.partial_len.set(0);
         self.skipping.set(!ends);
         self.irregular.set(!ends);
-        stack.push(node);
-        stack.append(&mut partial);
+        stack.push(Some(node));
+        stack.extend(partial.drain(..).map(Some));
         None
     }
 
@@ -290,7 +360,7 @@ impl RxRing {
     pub(crate) fn release(&self) {
         if !self.released.replace(true) {
             self.ring.iter().for_each(|ring| ring.shared().release());
-            self.slots.iter().filter_map(Cell::take).for_each(pool::give);
+            self.slots.take().into_iter().for_each(pool::give);
             self.partial.take().into_iter().for_each(pool::give);
         }
     }
@@ -302,7 +372,7 @@ impl RxRing {
             return None;
         }
         self.partial.take().into_iter().for_each(pool::give);
-        let nodes = self.slots.iter().filter_map(Cell::take).collect();
+        let nodes = self.slots.take();
         Some(Remains { ring, nodes })
     }
 }

@@ -60,7 +60,7 @@ pub use mapping::Mapping;
 pub use peers::Peers;
 pub use pool::{Pool, PoolStats};
 pub use refused::MapRefused;
-pub use ring::{DmaEntry, DmaRing, DmaShared};
+pub use ring::{DmaEntries, DmaEntry, DmaRing, DmaShared};
 pub use shared::{AccessError, HugePages, OutOfBounds, SharedMemory};
 pub use space::{AddressSpace, WeakAddressSpace};
 pub use stats::{MappingInfo, SpaceStats};

@@ -3,6 +3,7 @@
 use std::{
     fmt,
     marker::PhantomData,
+    ops::Range,
     ptr::NonNull,
     sync::atomic::{Ordering, fence},
 };
@@ -307,6 +308,21 @@ impl<T> DmaRing<T> {
         Ok(DmaEntry { at: self.at(index)?.cast(), ring: PhantomData })
     }
 
+    /// The entries of a range, in order, at the price of one check for all.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] for a range that is not inside of the ring.
+    #[inline(always)]
+    pub fn entries(&self, range: Range<usize>) -> Result<DmaEntries<'_, T>, OutOfBounds> {
+        let Range { start, end } = range;
+        if start > end || end > self.len {
+            return Err(self.shared.outside(start.saturating_mul(size_of::<T>()), size_of::<T>()));
+        }
+        // SAFETY: `len` entries are inside of the buffer, and `start` is at most `len`.
+        let first = unsafe { self.shared.base.as_ptr().add(start * size_of::<T>()) }.cast();
+        Ok(DmaEntries { first, next: 0, len: end - start, ring: PhantomData })
+    }
+
     /// Fills all entries with zeros.
     pub fn clear(&self) {
         self.shared.fill(0);
@@ -348,6 +364,57 @@ impl<T> DmaEntry<'_, T> {
         const { assert!(WORD < size_of::<T>() / 8, "a word of the entry") };
         // SAFETY: as in `load`.
         unsafe { access::store_nth(self.at, WORD, value.to_le()) };
+    }
+}
+
+/// Consecutive entries of a [`DmaRing`]: [`DmaRing::entries`].
+///
+/// ```
+/// # futures::executor::block_on(async {
+/// # use vfio_uring::dma::*;
+/// # let space = AddressSpace::new(Backend::Null, &[IovaRange { start: 0, last: u64::MAX }], 4096, 64);
+/// # let pool = Pool::new(&space, 65536, HugePages::No).await?;
+/// let ring = DmaRing::<[u64; 2]>::new(pool.alloc(4096)?.into_shared())?;
+/// for (entry, value) in ring.entries(250..256)?.zip(1..) {
+///     entry.store::<0>(value);
+/// }
+/// assert_eq!((ring.get(250)?[0].to_le(), ring.get(255)?[0].to_le()), (1, 6));
+/// assert!(ring.entries(250..257).is_err());
+/// # Ok::<_, vfio_uring::Error>(()) }).unwrap();
+/// ```
+pub struct DmaEntries<'a, T> {
+    first: *mut u64,
+    // Numbers and no end, as the compiler sees that they are those of a slice of the same length next to it.
+    next: usize,
+    len: usize,
+    ring: PhantomData<&'a DmaRing<T>>,
+}
+
+impl<'a, T> Iterator for DmaEntries<'a, T> {
+    type Item = DmaEntry<'a, T>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.next >= self.len {
+            return None;
+        }
+        // SAFETY: there are `len` entries from the first on.
+        let at = unsafe { self.first.byte_add(self.next * size_of::<T>()) };
+        self.next += 1;
+        Some(DmaEntry { at, ring: PhantomData })
+    }
+
+    #[inline]
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.len - self.next, Some(self.len - self.next))
+    }
+}
+
+impl<T> ExactSizeIterator for DmaEntries<'_, T> {}
+
+impl<T> fmt::Debug for DmaEntries<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmaEntries").field("len", &self.len()).finish_non_exhaustive()
     }
 }
 
