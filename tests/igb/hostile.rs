@@ -7,7 +7,7 @@ use vfio_uring::{
     mmio::Register,
     reactor::{Idle, Reactor, yield_now},
 };
-use vfio_uring_igb::{Packet, Parts, Proof, QueueSeed, RxQueue, TxQueue, spec::rx};
+use vfio_uring_igb::{Packet, Parts, Proof, QueueSeed, RxQueue, TxOffload, TxQueue, spec::rx, spec::tx};
 
 use crate::support::run;
 
@@ -22,6 +22,7 @@ struct Rig {
     memory: SharedMemory,
     pool: Pool,
     rx_ring: u64,
+    tx_ring: u64,
     doorbells: Arc<SharedMemory>,
 }
 
@@ -42,9 +43,9 @@ async fn rig() -> Rig {
         tx_doorbell: Register::new(&doorbells, 4).unwrap(),
     };
     let (seed, proof) = QueueSeed::from_parts(parts).unwrap();
-    let rx_ring = seed.iovas().0 - mapping.iova;
+    let (rx_ring, tx_ring) = (seed.iovas().0 - mapping.iova, seed.iovas().1 - mapping.iova);
     let (rx, tx) = seed.start().unwrap();
-    Rig { rx, tx, proof, memory, pool, rx_ring, doorbells }
+    Rig { rx, tx, proof, memory, pool, rx_ring, tx_ring, doorbells }
 }
 
 impl Rig {
@@ -119,6 +120,59 @@ fn a_packet_without_an_end() {
         }
         rig.write(12, rx::DD | rx::EOP, 1);
         assert_eq!(rig.take(), [0usize; 0]);
+    });
+}
+
+#[test]
+fn odd_packets_among_plain_ones_are_forwarded() {
+    run(Idle::Hybrid, async {
+        let mut rig = rig().await;
+        let (mut next, mut seen, mut part, mut packets) = (0u16, 0, 0, Vec::new());
+        for round in 0..1000u16 {
+            // One is in two buffers and one is bad, at changing places, also around the ends of the rings.
+            let whole = rx::DD | rx::EOP;
+            let count = 5 + round % 9;
+            let (chained, bad) = (round % count, (round / 3) % count);
+            let mut expected = Vec::new();
+            for i in 0..count {
+                let (status, len) = match i {
+                    _ if i == bad => (whole, 0),
+                    _ if i == chained => (rx::DD, 2048),
+                    _ => (whole, 60 + u64::from(i)),
+                };
+                rig.write(next + i, status, len);
+                part += len as usize;
+                if status == whole {
+                    expected.extend((len != 0).then_some(part));
+                    part = 0;
+                }
+            }
+            next += count;
+            let max = usize::from(1 + round % 16);
+            for _ in 0..count {
+                rig.rx.rx_batch(&mut packets, max).unwrap();
+            }
+            // A tag for some, which takes a descriptor more when it changes.
+            for packet in packets.iter_mut().skip(2).step_by(3) {
+                packet.set_offload(Some(TxOffload::vlan(round % 2)));
+            }
+            let lens: Vec<usize> = packets.iter().map(Packet::len).collect();
+            assert_eq!(lens, expected, "round {round}");
+            let before = packets.len();
+            let gone = rig.tx.tx_batch(&mut packets).unwrap();
+            assert_eq!(packets.iter().map(Packet::len).collect::<Vec<_>>(), lens[gone..]);
+            assert_eq!(gone, before, "all have room");
+            seen += gone;
+            yield_now().await;
+            // All is sent.
+            for at in 0..u64::from(RING) {
+                let word = rig.memory.load_u64(rig.tx_ring + at * 16 + 8).unwrap();
+                rig.memory.store_u64(rig.tx_ring + at * 16 + 8, word | tx::DD).unwrap();
+            }
+            yield_now().await;
+            assert_eq!(BUFFERS - rig.tx.buffers().available(), part / 2048, "round {round}");
+        }
+        assert!(seen > 5000, "{seen}");
     });
 }
 

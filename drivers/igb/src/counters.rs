@@ -2,7 +2,16 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::rx::Drop;
+/// Why a received packet, or a part of one, was dropped by the driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Drop {
+    /// A length of 0, or beyond the buffer.
+    Descriptor,
+    /// More bytes or descriptors than the longest packet has.
+    TooLong,
+    /// The NIC says so: CRC, symbol, or length error.
+    Device,
+}
 
 /// Counters of a queue pair.
 #[derive(Debug, Default)]

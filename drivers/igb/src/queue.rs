@@ -202,7 +202,7 @@ impl QueueSeed {
         let pair = Rc::new(Pair {
             index,
             rx: RxRing::new(rx, local.clone(), counters.clone()),
-            tx: TxRing::new(tx, tx_entries, space_id, tx_doorbell, counters),
+            tx: TxRing::new(tx, tx_entries, space_id, tx_doorbell, local.clone(), counters),
             local,
             shared,
             vector: vector.map(|Vector { fd, enable, bit }| Armed {

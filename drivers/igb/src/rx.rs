@@ -17,7 +17,7 @@ use vfio_uring::{dma::DmaRing, reactor::TaskRef};
 
 use crate::{
     Result,
-    counters::Counters,
+    counters::{Counters, Drop},
     packet::{Node, Packet},
     pool::{self, Local, Stack},
     queue::{Owner, Pair},
@@ -27,17 +27,6 @@ use crate::{
 
 /// What `info` of the status word says whether a packet is as most are.
 const REGULAR: u64 = rx::EOP | rx::RXE;
-
-/// Why a received packet, or a part of one, was dropped by the driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Drop {
-    /// A length of 0, or beyond the buffer.
-    Descriptor,
-    /// More bytes or descriptors than the longest packet has.
-    TooLong,
-    /// The NIC says so: CRC, symbol, or length error.
-    Device,
-}
 
 /// A receive ring: there is a buffer in every descriptor, all but one of which the NIC has.
 pub(crate) struct RxRing {
@@ -159,12 +148,14 @@ impl RxRing {
                 self.starve();
                 break;
             }
-            if !regular {
+            if !regular || most == 1 {
                 let Some(slot) = slots.get_mut(at) else { break };
-                let Some(packet) = self.take_aside(ring, at, slot, &mut stack) else { break };
+                let Some(packet) = self.take_one(ring, at, slot, &mut stack) else { break };
                 bytes += packet.as_ref().map_or(0, Packet::len);
                 out.extend(packet);
                 (at, left) = ((at + 1) & self.mask, left - 1);
+                // It may have been the first part of a packet.
+                regular &= !self.irregular.get();
                 continue;
             }
             // Fresh buffers go to the caller's list, where each changes places with a packet.
@@ -222,8 +213,8 @@ impl RxRing {
     }
 
     /// Takes one descriptor, of whatever form; `None`: there is none. The packet, when it is complete.
-    #[cold]
-    fn take_aside(
+    #[inline(never)]
+    fn take_one(
         &self,
         ring: &DmaRing<[u64; 2]>,
         at: usize,
@@ -244,6 +235,9 @@ impl RxRing {
         node.len = len as u32;
         node.info = [info, status];
         node.offload = None;
+        if status & REGULAR == rx::EOP && len.wrapping_sub(1) < self.buffer_len && !self.irregular.get() {
+            return Some(Some(Packet(Some(node))));
+        }
         Some(self.assemble(node, len, status, stack))
     }
 

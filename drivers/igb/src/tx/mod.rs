@@ -9,6 +9,7 @@ mod queue;
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
+    rc::Rc,
     sync::Arc,
     task::Context,
 };
@@ -20,7 +21,7 @@ use crate::{
     SendError,
     counters::Counters,
     packet::{Node, Packet},
-    pool,
+    pool::{self, Local},
     shared::{Doorbell, Remains},
     spec::{MAX_FRAME, tx},
 };
@@ -62,6 +63,7 @@ pub(crate) struct TxRing {
     context: Cell<[u64; 2]>,
     space_id: u64,
     doorbell: Doorbell,
+    local: Rc<Local>,
     counters: Arc<Counters>,
     dead: Cell<bool>,
     released: Cell<bool>,
@@ -76,6 +78,7 @@ impl TxRing {
         size: usize,
         space_id: u64,
         doorbell: Doorbell,
+        local: Rc<Local>,
         counters: Arc<Counters>,
     ) -> Self {
         Self {
@@ -92,6 +95,7 @@ impl TxRing {
             context: Cell::new([0; 2]),
             space_id,
             doorbell,
+            local,
             counters,
             dead: Cell::new(false),
             released: Cell::new(false),
@@ -264,13 +268,25 @@ impl TxRing {
 
     /// Has the buffers of `count` descriptors go home.
     fn bring_home(&self, from: usize, count: usize) {
+        if count == 1 {
+            let node = self.slots.borrow_mut().get_mut(from).and_then(Option::take);
+            match node {
+                Some(node) if self.local.is_home_of(&node) => self.local.stack().borrow_mut().push(Some(node)),
+                node => node.into_iter().for_each(pool::give),
+            }
+            return;
+        }
         // Around the end of the ring, in two parts.
         let mut slots = self.slots.borrow_mut();
         let first = count.min(slots.len().saturating_sub(from));
         for part in [from..from + first, 0..count - first] {
             let mut part = slots.get_mut(part).unwrap_or_default();
             while let Some(slot) = part.first_mut() {
-                let Some(local) = slot.as_deref().and_then(pool::local_of) else {
+                let home = match slot.as_deref() {
+                    Some(node) if self.local.is_home_of(node) => Some(self.local.clone()),
+                    node => node.and_then(pool::local_of),
+                };
+                let Some(local) = home else {
                     slot.take().into_iter().for_each(pool::give);
                     part = part.split_first_mut().map_or(&mut [], |(_, rest)| rest);
                     continue;
