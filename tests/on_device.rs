@@ -327,8 +327,11 @@ fn vectors_come_and_go() {
             drop(rig.device.interrupts(Irq::Intx, 0, 1).await.unwrap());
         }
         if rig.device.irq(Irq::Request).count > 0 {
-            let refused = rig.device.interrupts(Irq::Request, 0, 1).await;
-            assert!(matches!(refused, Err(Error::Invalid { .. })), "the device's events have it");
+            let taken = rig.device.interrupts(Irq::Request, 0, 1).await;
+            match rig.is_kernel() {
+                true => assert!(matches!(taken, Err(Error::Invalid { .. })), "the device's events have it"),
+                false => drop(taken.unwrap()),
+            }
         }
         let all = rig.device.interrupts(Irq::MsiX, 0, count).await.unwrap();
         assert_eq!(all.len(), count as usize);
