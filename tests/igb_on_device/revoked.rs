@@ -1,8 +1,10 @@
-//! Our card is reset, or its memory is switched off, while packets go to and fro: everything that waits ends in time and with the right
+//! Our card is reset, switched off or taken away while packets go to and fro: everything that waits ends in time and with the right
 //! error, all memory is free again, and the card comes up again on the same handle.
 
 use std::{
     cell::Cell,
+    fs,
+    process::Command,
     rc::Rc,
     sync::{
         Arc,
@@ -23,7 +25,7 @@ use vfio_uring_igb::{Error, Nic, Options, Packet, QueueSeed, RxQueue, SendError,
 
 use crate::{
     linux::Interface,
-    rig::Rig,
+    rig::{Rig, names},
     support::{Pair, Port, frame, run},
 };
 
@@ -303,5 +305,35 @@ fn memory_off_in_the_midst_of_traffic() {
         // The card has noticed nothing, and has to be told to stop before its memory is free.
         load.nic.stop().await.unwrap();
         all_is_back(load.memory);
+    });
+}
+
+fn is_gone(error: &Error) -> bool {
+    matches!(error, Error::Runtime(error) if matches!(**error, Runtime::Gone { .. }))
+}
+
+/// Nobody lets go of anything; the runtime does, when the time of grace is over.
+#[test]
+fn unbound_in_the_midst_of_traffic() {
+    let Some((ours, _)) = names() else { return };
+    run(Idle::Park, async {
+        let wire = Wire::open().await;
+        let mut load = Load::start(&wire, Some(Duration::from_micros(20))).await;
+        wire.begin(load.nic.mac());
+        load.flow(&wire).await;
+        let (name, unbind) = (ours.clone(), format!("/sys/bus/pci/devices/{ours}/driver/unbind"));
+        let unbinding = thread::spawn(move || fs::write(unbind, name).unwrap());
+        load.end(is_gone).await;
+        load.nic.stop().await.expect("a card that is taken away is stopped");
+        all_is_back(load.memory);
+        nothing_is_left(&wire.device).await;
+        while !unbinding.is_finished() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        unbinding.join().unwrap();
+        drop(wire);
+        // For the tests that follow.
+        let bind = format!(". /etc/profile; vfio {ours}");
+        assert!(Command::new("/bin/sh").args(["-c", &bind]).status().unwrap().success());
     });
 }
