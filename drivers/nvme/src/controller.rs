@@ -78,7 +78,6 @@ impl Controller {
     /// [`Error::Controller`] when it does not do what the specification says, in the time it says; [`Error::Runtime`] from the
     /// device.
     pub async fn new(device: &Device, options: Options) -> Result<Self> {
-        let watch = Watch::new(device);
         let bar = device.bar(0)?;
         device.set_bus_master(true).await?;
         let cap = Cap(bar.read::<u64>(register::CAP).await?);
@@ -91,7 +90,7 @@ impl Controller {
         }
         disable(&bar, cap).await?;
         let slots = ADMIN_SLOTS.min(cap.max_queue_entries() as usize - 1);
-        let parts = parts(&watch, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?;
+        let parts = parts(device, &bar, cap, 0, slots, 2 * crate::prp::PAGE, &options).await?;
         // What was lost before is not this controller's concern.
         let _ = parts.sq_doorbell.take_error();
         let admin = Rc::new(QueuePair::new(parts)?);
@@ -100,6 +99,8 @@ impl Controller {
         bar.write::<u64>(register::ASQ, asq).await?;
         bar.write::<u64>(register::ACQ, acq).await?;
         bar.write::<u32>(register::CC, cc::EN | cc::ENTRY_SIZES).await?;
+        // From here on: a reset before this did not end what was begun after it.
+        let watch = admin.watch.get_or_init(|| Watch::new(device)).clone();
         wait_for(&bar, deadline(cap), "ready (CSTS.RDY = 1)", |status| status & csts::RDY != 0).await?;
         let poller = register_poller(admin.clone());
         let mut namespaces = Vec::new();
@@ -173,11 +174,13 @@ impl Controller {
         inner.next_queue.set(id + 1);
         let slots = depth.min(inner.cap.max_queue_entries() as usize - 1);
         let max_transfer = inner.info.max_transfer;
-        let mut parts = parts(&inner.watch, &inner.bar, inner.cap, id, slots, max_transfer, &inner.options).await?;
+        let device = inner.watch.device();
+        let mut parts = parts(device, &inner.bar, inner.cap, id, slots, max_transfer, &inner.options).await?;
+        parts.watch = Some(inner.watch.clone());
         // Interrupts, and the vector.
         let mut cq_flags = 0;
         if interrupt {
-            parts.interrupt = Some(vector(inner.watch.device(), id.into()).await?);
+            parts.interrupt = Some(vector(device, id.into()).await?);
             cq_flags = u32::from(id) << 16 | 1 << 1;
         }
         let pair = Rc::new(QueuePair::new(parts)?);
@@ -302,7 +305,7 @@ async fn vector(device: &Device, number: u32) -> Result<Interrupt> {
 }
 
 async fn parts(
-    watch: &Watch,
+    device: &Device,
     bar: &Bar,
     cap: Cap,
     id: u16,
@@ -311,7 +314,7 @@ async fn parts(
     options: &Options,
 ) -> Result<Parts> {
     let max_transfer = max_transfer.min(MAX_TRANSFER);
-    let memory = Pool::new(watch.device().dma(), Parts::memory(slots, max_transfer), HugePages::No).await?;
+    let memory = Pool::new(device.dma(), Parts::memory(slots, max_transfer), HugePages::No).await?;
     let doorbell = |index: u64| bar.posted::<u32>(register::DOORBELLS + (2 * u64::from(id) + index) * cap.doorbell_stride());
     Ok(Parts {
         id,
@@ -321,7 +324,7 @@ async fn parts(
         sq_doorbell: doorbell(0)?,
         cq_doorbell: doorbell(1)?,
         timeout: options.timeout,
-        watch: Some(watch.clone()),
+        watch: None,
         interrupt: None,
     })
 }

@@ -18,7 +18,7 @@ use crate::{
     Error,
     queue::{NONE, QueuePair, Slot, State, TICKS},
     spec::{CqeTail, Status},
-    watch::End,
+    watch::{End, Watch},
 };
 
 /// Looks at the queue between two looks at the clock while the reactor spins.
@@ -64,12 +64,18 @@ impl QueuePair {
     #[inline]
     fn ring_sq(&self) {
         let (tail, rung) = (self.sq_tail.get(), self.sq_rung.get());
-        if tail != rung && !self.dead.get() {
+        if tail != rung && !self.dead.get() && !self.is_forgotten() {
             let new = self.unpublished();
             self.in_flight.set(self.in_flight.get().wrapping_add(new));
             self.sq_rung.set(tail);
             self.sq_doorbell.write(tail);
         }
+    }
+
+    /// Whether the device was reset: its doorbells may be those of other queues by now. The next look at the clock ends the queue.
+    #[inline]
+    fn is_forgotten(&self) -> bool {
+        self.watch.get().is_some_and(Watch::was_reset)
     }
 
     /// Commands that the doorbell has not told of.
@@ -88,7 +94,7 @@ impl QueuePair {
 
     fn ring_cq(&self) {
         let taken = self.cq_taken.take();
-        if taken != 0 && !self.dead.get() {
+        if taken != 0 && !self.dead.get() && !self.is_forgotten() {
             // A controller may complete what it was not told of yet.
             self.in_flight.set(self.in_flight.get().wrapping_sub(taken));
             self.cq_doorbell.write(self.cq_head.get());
@@ -273,7 +279,7 @@ impl QueuePair {
         if self.dead.get() && self.quiesced.get() {
             return;
         }
-        match self.watch.as_ref().and_then(|watch| watch.look([&self.sq_doorbell, &self.cq_doorbell], self.lost_before)) {
+        match self.watch.get().and_then(|watch| watch.look([&self.sq_doorbell, &self.cq_doorbell], self.lost_before)) {
             Some(end) => return self.end_from_outside(end),
             None if self.dead.get() || self.outstanding() == 0 => return,
             None => {}

@@ -5,7 +5,7 @@
 //! drains the completion queue.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
@@ -197,7 +197,8 @@ pub(crate) struct QueuePair {
     pub(crate) looks: Cell<u32>,
     pub(crate) next_tick: Cell<Instant>,
     pub(crate) timeout: Duration,
-    pub(crate) watch: Option<Watch>,
+    /// Set once the controller was told of the queue: only a reset after that proves that it has forgotten it.
+    pub(crate) watch: OnceCell<Watch>,
     /// [`Watch::lost`] when the queue was made.
     pub(crate) lost_before: u32,
     pub(crate) interrupt: RefCell<Option<Interrupt>>,
@@ -269,7 +270,7 @@ impl QueuePair {
             next_tick: Cell::new(Instant::now()),
             timeout,
             lost_before: watch.as_ref().map_or(0, Watch::lost),
-            watch,
+            watch: watch.map_or_else(OnceCell::new, OnceCell::from),
             interrupt: RefCell::new(interrupt),
             dead: Cell::new(false),
             ended: RefCell::new(None),
@@ -393,7 +394,7 @@ impl QueuePair {
 impl Drop for QueuePair {
     /// Without a proof that the controller is done with it, memory is given up, not freed.
     fn drop(&mut self) {
-        if self.quiesced.get() || self.watch.as_ref().is_some_and(Watch::is_proven) {
+        if self.quiesced.get() || self.watch.get().is_some_and(Watch::is_proven) {
             let Rings { sq, cq, lists } = &self.rings;
             sq.shared().release();
             cq.shared().release();
