@@ -84,7 +84,9 @@ impl Nic {
             memory,
             tasks: Vec::new(),
         };
-        if let Err(error) = inner.bring_up(&seeds).await {
+        let up = inner.bring_up(&seeds).await;
+        // A reset in the midst of it proves nothing of what was written after.
+        if let Err(error) = up.and_then(|()| outside.not_reset()) {
             // Proven to use no memory, if that can be had; else it is given up.
             if inner.disable().await.is_ok() {
                 inner.shared.quiesce();

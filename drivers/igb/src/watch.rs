@@ -66,6 +66,16 @@ impl Watch {
         }
     }
 
+    /// Whether the device was reset since.
+    fn was_reset(&self) -> bool {
+        self.device.generation() != self.generation
+    }
+
+    /// [`Error::Reset`] if it was.
+    pub(crate) fn not_reset(&self) -> Result<()> {
+        if self.was_reset() { Err(Error::Reset) } else { Ok(()) }
+    }
+
     /// Whether it is proven that the device was reset since: it does nothing any more that it was told to do.
     fn is_proven(&self) -> bool {
         self.device.confirmed_generation() > self.generation
@@ -80,7 +90,7 @@ impl Watch {
             // What it makes of the NIC is known at its end.
             return Look::Well;
         }
-        if self.device.generation() != self.generation {
+        if self.was_reset() {
             return if self.is_proven() { Look::Over(Error::Reset) } else { Look::Ended(Error::Reset) };
         }
         if state == State::Unavailable {
