@@ -1,8 +1,7 @@
 //! What the benchmarks share: a queue pair, a device that is serviced inline on the same thread, and the floor, which is the
 //! same I/O loop written by hand, without futures, on the same queue memory.
 
-// Each benchmark uses a part of it.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each bench uses a part of it")]
 pub mod forward;
 
 use std::{
